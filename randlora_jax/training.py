@@ -1,0 +1,109 @@
+"""What trains and what is frozen: two trees for `jax.grad`, or labels for `optax.partition`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from randlora_jax import targets, trees
+from randlora_jax.config import RandLoraConfig
+
+FROZEN = "frozen"
+
+
+def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
+    """Names what each leaf is: the labels that `partition` gives a transformation each.
+
+    Returns:
+      A tree like `variables` of "randlora_lambda", "randlora_gamma", "bias" (as `config.bias`
+      says), "modules_to_save" and "frozen".
+
+    Example:
+      >>> tree = {"params": {"kernel": 1.0, "bias": 2.0}, "randlora": {"randlora_lambda": 3.0}}
+      >>> labels(tree, RandLoraConfig(bias="all"))["params"]
+      {'bias': 'bias', 'kernel': 'frozen'}
+    """
+    adapted = {path[:-1] for path, _ in trees.items(variables.get("randlora", {}))}
+
+    def label(path, _):
+        collection, *inside = path
+        if collection == "randlora":
+            return path[-1]
+        if collection != "params":
+            return FROZEN
+        if targets.is_saved_whole(config, targets.name_of(inside[:-1])):
+            return "modules_to_save"
+        everywhere, here = config.bias == "all", tuple(inside[:-1]) in adapted
+        wanted = everywhere or (config.bias == "randlora_only" and here)
+        return "bias" if wanted and inside[-1] == "bias" else FROZEN
+
+    return trees.map_with_path(label, variables)
+
+
+def split(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides variables into what trains and all the rest, without copying an array.
+
+    Differentiate a function of the first tree: no gradient of the base is ever formed then, and
+    the optimizer holds state for the adapter alone.
+
+    Returns:
+      (trainable, frozen), each a tree like `variables` with the other's leaves left out.
+
+    Example:
+      >>> tree = {"params": {"kernel": 1.0}, "randlora": {"randlora_lambda": 2.0}}
+      >>> trainable, frozen = split(tree, RandLoraConfig())
+      >>> trainable, frozen
+      ({'randlora': {'randlora_lambda': 2.0}}, {'params': {'kernel': 1.0}})
+      >>> combine(trainable, frozen) == tree
+      True
+    """
+    named = dict(trees.items(labels(variables, config)))
+    trainable = trees.select(variables, lambda path, _: named[path] != FROZEN)
+    frozen = trees.select(variables, lambda path, _: named[path] == FROZEN)
+    return trainable, frozen
+
+
+def combine(trainable: trees.Tree, frozen: trees.Tree) -> dict[str, Any]:
+    """The inverse of `split`."""
+    return trees.union(frozen, trainable)
+
+
+def partition(
+    transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    variables: trees.Tree,
+    config: RandLoraConfig,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for the whole tree of variables that leaves everything frozen as it is.
+
+    `optax.partition` over `labels`. It holds no state for what is frozen, but a loss that is
+    differentiated over the whole tree can still compute gradients there: prefer `split`, where
+    the choice is free.
+
+    Args:
+      transforms: one transformation for all that trains, or one for each label.
+      variables, config: as for `split`.
+
+    Raises:
+      ValueError: if something trains that no transformation was given for.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tree = {"params": {"kernel": jnp.ones(2)}, "randlora": {"randlora_gamma": jnp.ones(2)}}
+      >>> tx = partition(optax.sgd(1.0), tree, RandLoraConfig())
+      >>> updates, _ = tx.update(tree, tx.init(tree))
+      >>> updates["params"]["kernel"].tolist(), updates["randlora"]["randlora_gamma"].tolist()
+      ([0.0, 0.0], [-1.0, -1.0])
+    """
+    named = labels(variables, config)
+    used = {label for _, label in trees.items(named)} - {FROZEN}
+    if not isinstance(transforms, Mapping):
+        transforms = dict.fromkeys(used, transforms)
+    missing = sorted(used - set(transforms))
+    if missing:
+        raise ValueError(
+            f"transforms has none for {missing}, which train: give one for each, or "
+            "optax.set_to_zero()"
+        )
+    return optax.partition({FROZEN: optax.set_to_zero(), **transforms}, named)

