@@ -6,7 +6,7 @@ import pathlib
 import re
 
 import numpy as np
-from smollm2 import INSTALL, chat_prompt
+from gguf_weights import INSTALL, chat_prompt
 
 HELD_OUT = 0.1  # share of the questions
 LEFT_OUT_FILES = {"coding.yml"}  # its code has lost the list literals, so much of it is broken

