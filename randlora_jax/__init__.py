@@ -1,9 +1,11 @@
 """RandLoRA (Albert et al., ICLR 2025) for JAX and Flax; `linen` holds the module transform."""
 
+from randlora_jax import adapters
 from randlora_jax.bases import draw as draw_bases
 from randlora_jax.checkpoint import load_adapter, save_adapter
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.dot_general import RandLoraDotGeneral, delta_weight
+from randlora_jax.layers import register_layer
 from randlora_jax.merging import merge
 from randlora_jax.summary import summary
 from randlora_jax.training import combine, labels, partition, split
@@ -11,6 +13,7 @@ from randlora_jax.training import combine, labels, partition, split
 __all__ = [
     "RandLoraConfig",
     "RandLoraDotGeneral",
+    "adapters",
     "combine",
     "delta_weight",
     "draw_bases",
@@ -18,6 +21,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "partition",
+    "register_layer",
     "save_adapter",
     "split",
     "summary",

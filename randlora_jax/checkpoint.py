@@ -15,7 +15,6 @@ from etils import epath
 from randlora_jax import bases as bases_lib
 from randlora_jax import merging, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.dot_general import check_shapes
 from randlora_jax.training import split
 
 FORMAT = 1
@@ -161,34 +160,21 @@ def unpack(
                 f"draws others (it was saved with the generator {metadata['bases']['generator']}, "
                 f"this is {bases_lib.GENERATOR})"
             )
+    whole = {**variables, "randlora": content["randlora"], "randlora_bases": bases}
+    try:
+        for _ in merging.adapted(whole, config, ambiguous=True):
+            pass  # each is checked as it is found
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit: {error}") from None
     params = dict(trees.items(variables["params"]))
-    for path, (lam, gamma) in merging.scales_by_layer(content["randlora"]).items():
-        kernel = params.get((*path, "kernel"))
-        if kernel is None:
-            raise ValueError(
-                f"{source} adapts {'.'.join(path)!r}, and the base has no such layer: "
-                "it is of another model"
-            )
-        try:
-            sides = merging.possible_sides(nn.unbox(kernel).shape, lam.shape, gamma.shape)
-            inner = tuple(jax.ShapeDtypeStruct(s.shape[-2:], s.dtype) for s in (lam, gamma))
-            check_shapes(bases, inner, *next(iter(sides)))
-        except ValueError as error:
-            raise ValueError(f"{source} does not fit {'.'.join(path)!r}: {error}") from None
     for path, leaf in trees.items(content.get("params", {})):
         if path not in params or nn.unbox(params[path]).shape != leaf.shape:
             raise ValueError(
                 f"{source} has a trained {'.'.join(path)!r} of shape {leaf.shape}, "
                 "which the base has not: it is of another model"
             )
-        box = params[path]
-        params[path] = box.replace_boxed(leaf) if isinstance(box, nn.meta.AxisMetadata) else leaf
-    restored = {
-        "params": trees.build(params),
-        "randlora": content["randlora"],
-        "randlora_bases": bases,
-    }
-    return {**variables, **restored}, config
+        params[path] = nn.meta.replace_boxed(params[path], leaf)
+    return {**whole, "params": trees.build(params)}, config
 
 
 def _old(path: epath.Path) -> epath.Path:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -56,26 +56,27 @@ def delta_weight(
       [2.0, 2.0, 2.0, 2.0, 2.0]
     """
     bases = {"randlora_A": randlora_A, "randlora_B": randlora_B}
-    check_shapes(bases, (randlora_lambda, randlora_gamma), in_features, out_features)
+    check_shapes(bases, (randlora_lambda.shape, randlora_gamma.shape), in_features, out_features)
     scales = ((randlora_lambda * scaling, randlora_gamma),)
     dtype = jnp.promote_types(randlora_lambda.dtype, jnp.float32)
     left, right = _factors(randlora_A, randlora_B, scales, in_features, out_features, dtype)
     return jnp.matmul(left, right, preferred_element_type=dtype)
 
 
-def check_shapes(bases: Bases, scales: Scales, in_features: int, out_features: int) -> None:
+def check_shapes(
+    bases: Bases, shapes: Sequence[tuple[int, ...]], in_features: int, out_features: int
+) -> None:
     """Raises a ValueError where scales don't fit the layer, or bases are too small for it."""
     A, B = bases["randlora_A"], bases["randlora_B"]
     small, large = sorted((in_features, out_features))
     r = A.shape[0]
     n = num_bases(small, r)
-    for name, array, shape in (
-        ("randlora_lambda", scales[0], (r, n)),
-        ("randlora_gamma", scales[1], (n, small)),
+    for name, given, shape in zip(
+        ("randlora_lambda", "randlora_gamma"), shapes, ((r, n), (n, small)), strict=True
     ):
-        if array.shape != shape:
+        if tuple(given) != shape:
             raise ValueError(
-                f"{name} has shape {array.shape}, but a kernel of {in_features} x {out_features} "
+                f"{name} has shape {tuple(given)}, but a kernel of {in_features} x {out_features} "
                 f"with r={r} needs {shape}: is it from another model or another r?"
             )
     if A.shape[2] < small or B.shape[0] < large or B.shape[1] < n or B.shape[2] != r:
@@ -284,16 +285,16 @@ class RandLoraDotGeneral:
     Attributes:
       bases: as `randlora_jax.bases.draw` gives them.
       scales: a (lambda, gamma) pair for each adapter, already through `prepare_scales`.
-      dropout: acts on the adapter's input alone.
+      dropouts: for each adapter, None or a function that acts on its input alone.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
     """
 
     bases: Bases
     scales: Sequence[Scales]
-    dropout: Any = None
+    dropouts: Sequence[Callable[[jax.Array], jax.Array] | None] = ()
     strategy: Strategy = "auto"
-    dot_general: Any = None
+    dot_general: Callable[..., jax.Array] | None = None
 
     def __call__(
         self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options
@@ -304,31 +305,25 @@ class RandLoraDotGeneral:
                 f"dimension_numbers={dimension_numbers}: an adapted kernel has its input axes "
                 "first and no batch axes"
             )
+        static = tuple(sorted(options.items()))
         spec = _Spec(
-            len(contract),
-            rhs.shape,
-            precision,
-            preferred_element_type,
-            self.strategy,
-            tuple(sorted(options.items())),
+            len(contract), rhs.shape, precision, preferred_element_type, self.strategy, static
         )
         tokens = [i for i in range(lhs.ndim) if i not in contract]
-        A, B = self.bases["randlora_A"], self.bases["randlora_B"]
 
-        def adapted(x, kernel):
+        def adapted(x, kernel, scales):
             x = lax.transpose(x, (*tokens, *contract))  # nothing to do for a trailing contraction
-            return _adapted_dot(spec, x, kernel, A, B, tuple(self.scales))
+            A, B = self.bases["randlora_A"], self.bases["randlora_B"]
+            return _adapted_dot(spec, x, kernel, A, B, tuple(scales))
 
-        if self.dropout is None and self.dot_general is None:
-            return adapted(lhs, rhs)
-        x = lhs if self.dropout is None else self.dropout(lhs)
-        dot_general = self.dot_general or lax.dot_general
-        y = dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            **options,
-        )
-        return y + adapted(x, None).astype(y.dtype)
+        if not any(self.dropouts) and self.dot_general is None:
+            return adapted(lhs, rhs, self.scales)
+        y = (self.dot_general or lax.dot_general)(
+            lhs, rhs, dimension_numbers, precision=precision,
+            preferred_element_type=preferred_element_type, **options,
+        )  # fmt: skip
+        dropouts = self.dropouts or (None,) * len(self.scales)
+        for pair, dropout in zip(self.scales, dropouts, strict=True):
+            x = lhs if dropout is None else dropout(lhs)
+            y = y + adapted(x, None, (pair,)).astype(y.dtype)
+        return y

@@ -7,13 +7,9 @@ as the collection `"randlora"`, so that the base's parameters are what they were
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import inspect
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
 
+from randlora_jax import adapters, merging, targets, trees
 from randlora_jax import bases as bases_lib
-from randlora_jax import merging, targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.dot_general import RandLoraDotGeneral, Strategy, check_shapes, prepare_scales
-
-SCALES = ("randlora_lambda", "randlora_gamma")
+from randlora_jax.dot_general import Strategy
+from randlora_jax.interception import Adapt, Discover
+from randlora_jax.kernels import SCALES, Kernel
 
 
 class RandLora(nn.Module):
@@ -34,13 +30,16 @@ class RandLora(nn.Module):
 
     It is called like its base, has its base's parameter paths and initial values, and keeps what
     it adds in two collections: `"randlora"`, a `randlora_lambda` (r, n) and a `randlora_gamma`
-    (n, min(in, out)) for each adapted kernel (with a leading axis under `nn.scan`), float32; and
-    `"randlora_bases"`, `randlora_A` and `randlora_B`, once for all layers. `nn.Dense` and
-    `nn.DenseGeneral` can be adapted.
+    (n, min(in, out)) for each adapted kernel, stacked where the kernel is, float32; and
+    `"randlora_bases"`, `randlora_A` and `randlora_B`, once for all layers.
 
     Attributes:
       base: the module to adapt; it stays as it is.
-      config: what to adapt and how.
+      config: what to adapt and how; or several adapters by name, {"chat": config, ...}, on the
+        same bases. Then `"randlora"` holds a tree for each name.
+      active: the names whose updates are summed; all by default, () for the base alone.
+      parameters: raw parameters to adapt, which belong to no layer: by path, or suffix of one at
+        a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}.
       deterministic: switches the adapter's dropout off, where the call does not say so. As for
         `nn.Dropout`, one of the two must, if `randlora_dropout` is not 0.
       strategy: "auto" picks the way with fewer operations for the number of tokens at hand;
@@ -62,12 +61,15 @@ class RandLora(nn.Module):
     """
 
     base: nn.Module
-    config: RandLoraConfig
+    config: RandLoraConfig | Mapping[str, RandLoraConfig]
+    active: tuple[str, ...] | None = None
+    parameters: Mapping[str, tuple[int, ...]] = nn.FrozenDict()
     deterministic: bool | None = None
     strategy: Strategy = "auto"
 
     def __post_init__(self):
         super().__post_init__()
+        adapters.check_names(self.config, self.active)
         if self.scope is not None:
             nn.share_scope(self, self.base)  # no level of its own in the base's paths
 
@@ -102,16 +104,20 @@ class RandLora(nn.Module):
                 f"variables has the collections {sorted(variables)} and no 'params': adapt takes "
                 "the base's variables, {'params': ...}"
             )
-        found, scales = _discover(self.base, self.config, variables, args, kwargs, method, rngs)
-        dims = bases_lib.shared_dims([(k.in_features, k.out_features) for k in found.values()])
+        scales, sides = {}, []
+        for name, config in adapters.named(self.config).items():
+            found, shapes = self._discover(config, variables, args, kwargs, method, rngs)
+            scales[name] = _initial_scales(config, found, shapes)
+            sides += [kernel.sides for kernel in found.values()]
+        first = next(iter(adapters.named(self.config).values()))
         return {
             **variables,
-            "randlora": _initial_scales(self.config, found, scales),
-            "randlora_bases": bases_lib.draw(self.config, *dims),
+            "randlora": scales if isinstance(self.config, Mapping) else scales[""],
+            "randlora_bases": bases_lib.draw(first, *bases_lib.shared_dims(sides)),
         }
 
     def merge(self, variables, *args, safe: bool = True, **kwargs) -> dict[str, Any]:
-        """The base's parameters with the update folded in, for `base.apply({"params": ...})`.
+        """The base's parameters with the active updates in them, for `base.apply({"params": ...})`.
 
         Computed in float32 and rounded once to each kernel's dtype; the given variables stay as
         they are, so that nothing needs to be unmerged.
@@ -125,68 +131,96 @@ class RandLora(nn.Module):
         Raises:
           ValueError: naming the layer, if its merged kernel is not finite or nothing fits.
         """
-        num_inputs = None
-        if args or kwargs:
-            base = {k: v for k, v in variables.items() if not k.startswith("randlora")}
-            found, _ = _discover(self.base, self.config, base, args, kwargs)
-            num_inputs = {path: kernel.num_inputs for path, kernel in found.items()}
-        return merging.merge(variables, self.config, safe=safe, num_inputs=num_inputs)
+        params = variables["params"]
+        for name in adapters.active_names(self.config, self.active):
+            one, config = adapters.select(variables, self.config, name)
+            known = None
+            if args or kwargs:
+                base = {k: v for k, v in variables.items() if not k.startswith("randlora")}
+                known, _ = self._discover(config, base, args, kwargs)
+            params = merging.merge({**one, "params": params}, config, safe=safe, known=known)
+        return params
 
     @nn.nowrap
     def _run(self, method, *args, **kwargs):
         call = _unbound(self.base, method)
-        deterministic, kwargs = self._deterministic(call, args, kwargs)
+        deterministic, kwargs = _deterministic(call, args, kwargs)
+        deterministic = self.deterministic if deterministic is None else deterministic
         if self.is_initializing():
-            y = call(self.base, *args, **_known(call, kwargs))
+            y = call(self.base, *args, **kwargs)
             if not self.scope.has_variable("randlora_bases", "randlora_A"):
-                shapes = {k: v for k, v in self.base.variables.items() if k != "randlora"}
-                added = self.clone(parent=None, base=self.base.clone(parent=None)).adapt(
-                    shapes, *args, method=method, **kwargs
-                )
+                variables = {k: v for k, v in self.base.variables.items() if k != "randlora"}
+                unbound = self.clone(parent=None, base=self.base.clone(parent=None))
+                added = unbound.adapt(variables, *args, method=method, **kwargs)
                 for collection in ("randlora", "randlora_bases"):
                     for name, value in added[collection].items():
                         self.scope.put_variable(collection, name, value)
-            if self.config.init_weights:
+            if all(config.init_weights for config in adapters.named(self.config).values()):
                 return y  # the update is zero
+        active = adapters.active_names(self.config, self.active)
         bases = self.variables.get("randlora_bases")
-        if not bases or "randlora" not in self.variables:
+        if active and (not bases or "randlora" not in self.variables):
             raise ValueError(
                 f"variables has the collections {sorted(self.variables)}, but an adapted model "
                 "needs 'randlora' and 'randlora_bases' too: make them with adapt(variables, x)"
             )
+        if not active:
+            return call(self.base, *args, **kwargs)
+        configs = adapters.named(self.config)
+        rate = max(configs[name].randlora_dropout for name in active)
+        if rate and deterministic is None and not self.is_initializing():
+            raise ValueError(
+                f"randlora_dropout={rate} needs deterministic=True or False, in the call or in "
+                "RandLora(..., deterministic=...)"
+            )
+        off = rate == 0 or deterministic is not False
+        suffixed = [(configs[name], f":{name}" if name else "") for name in active]
         depth = len(self.base.path)
 
         def adapted(base, *args, **kwargs):
-            interceptor = _Adapt(self.config, depth, dict(bases), deterministic, self.strategy)
+            interceptor = Adapt(suffixed, self.parameters, depth, dict(bases), off, self.strategy)
             with nn.intercept_methods(interceptor):
                 return call(base, *args, **kwargs)
 
-        join = lambda target: {"params": trees.union(*(target.get(c, {}) for c in _MAPPED))}
-        run = nn.map_variables(adapted, list(_MAPPED), trans_in_fn=join, mutable=False)
+        def join(target):
+            scales = target.get("randlora", {})
+            for name, (config, suffix) in zip(active, suffixed, strict=True):
+                one = scales[name] if name else scales
+                target["params"] = adapters.beside_kernels(target["params"], one, config, suffix)
+            return {"params": target["params"]}
+
+        run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 
     @nn.nowrap
-    def _deterministic(self, call, args, kwargs):
-        """Whether dropout is off, and the keywords that the base takes."""
-        try:
-            bound = inspect.signature(call).bind_partial(self.base, *args, **_known(call, kwargs))
-        except TypeError:  # the call itself will say what is wrong with the arguments
-            bound = None
-        if bound is not None:
-            bound.apply_defaults()
-        given = kwargs.get("deterministic", bound and bound.arguments.get("deterministic"))
-        rest = _known(call, kwargs)
-        if self.config.randlora_dropout == 0 or self.is_initializing():
-            return True, rest
-        if given is None and self.deterministic is None:
-            raise ValueError(
-                f"randlora_dropout={self.config.randlora_dropout} needs deterministic=True or "
-                "False, in the call or in RandLora(..., deterministic=...)"
+    def _discover(self, config, variables, args, kwargs, method=None, rngs=None):
+        """Traces the base: {path of scales: Kernel}, and the scales' shapes as they are stored."""
+        discover = Discover(config, self.parameters)
+        call = _unbound(self.base, method)
+        _, kwargs = _deterministic(call, args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+        def trace(variables, arrays):
+            arrays = iter(arrays)
+            whole = [next(arrays) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
+            args, kwargs = jax.tree.unflatten(treedef, whole)
+            with nn.intercept_methods(discover):
+                _, updated = self.base.apply(
+                    variables, *args, method=call, rngs=rngs, mutable=True, **kwargs
+                )
+            return updated["params"]
+
+        arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+        params = jax.eval_shape(trace, variables, arrays)
+        targets.check(config, discover.modules)
+        if config.fan_in_fan_out and all(k.input_axes != (1,) for k in discover.found.values()):
+            warnings.warn(
+                "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
+                stacklevel=3,
             )
-        return self.deterministic if given is None else given, rest
-
-
-_MAPPED = ("params", "randlora")
+        shapes = trees.select(params, lambda path, _: path[-1] in SCALES)
+        return adapters.cut_stacks(discover.found, shapes, config)
 
 
 def _entry(method):
@@ -195,206 +229,40 @@ def _entry(method):
 
 def _unbound(base: nn.Module, method) -> Callable:
     """The base's method as a function of the module: by name, bound, or a function already."""
-    if method is None:
-        method = "__call__"
-    if isinstance(method, str):
-        if not callable(getattr(type(base), method, None)):
-            raise ValueError(f"method={method!r} is none of {type(base).__name__}'s methods")
-        return getattr(type(base), method)
-    return getattr(method, "__func__", method)
+    name = "__call__" if method is None else method
+    if not isinstance(name, str):
+        return getattr(method, "__func__", method)
+    if not callable(getattr(type(base), name, None)):
+        raise ValueError(f"method={method!r} is none of {type(base).__name__}'s methods")
+    return getattr(type(base), name)
 
 
-def _known(call, kwargs):
-    """The keywords less `deterministic`, where the base has no such parameter."""
+def _deterministic(call, args, kwargs):
+    """The call's own word on `deterministic`, and the keywords that the base takes."""
     parameters = inspect.signature(call).parameters
-    takes = "deterministic" in parameters or any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    )
-    return kwargs if takes else {k: v for k, v in kwargs.items() if k != "deterministic"}
+    given = kwargs.get("deterministic")
+    if "deterministic" in parameters:
+        position = list(parameters).index("deterministic") - 1  # less the module itself
+        given = args[position] if 0 <= position < len(args) else given
+    elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        kwargs = {k: v for k, v in kwargs.items() if k != "deterministic"}
+    return given, kwargs
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What tracing the base told of one adapted kernel, as its layer sees it (unstacked)."""
-
-    shape: tuple[int, ...]
-    num_inputs: int
-    dtype: Any
-
-    @property
-    def in_features(self) -> int:
-        return math.prod(self.shape[: self.num_inputs])
-
-    @property
-    def out_features(self) -> int:
-        return math.prod(self.shape[self.num_inputs :])
-
-
-def _kernel_of(module: nn.Module) -> Kernel | None:
-    """The module's kernel, if this is a layer that can be adapted."""
-    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
-        return None
-    kernel = nn.unbox(module.variables["params"]["kernel"])
-    inputs = 1
-    if isinstance(module, nn.DenseGeneral):
-        if module.batch_dims:
-            raise ValueError(
-                f"{targets.name_of(module.path)!r} is a DenseGeneral with batch_dims="
-                f"{module.batch_dims}: give its name to exclude_modules"
-            )
-        inputs = 1 if isinstance(module.axis, int) else len(module.axis)
-    return Kernel(kernel.shape, inputs, kernel.dtype)
-
-
-class _Discover:
-    """Interceptor that adds zero scales beside each target's kernel, and notes what it saw."""
-
-    def __init__(self, config: RandLoraConfig):
-        self.config = config
-        self.modules: dict[str, tuple[type, bool]] = {}
-        self.found: dict[tuple[str, ...], Kernel] = {}
-
-    def __call__(self, next_fun, args, kwargs, context):
-        module = context.module
-        y = next_fun(*args, **kwargs)
-        if context.method_name != "__call__":
-            return y
-        path = module.path
-        name = targets.name_of(path)
-        is_linear = isinstance(module, (nn.Dense, nn.DenseGeneral))
-        self.modules.setdefault(name, (type(module), is_linear))
-        wanted = targets.matches(self.config, name) and targets.in_layers(self.config, name)
-        if not (is_linear and wanted) or module.has_variable("params", SCALES[0]):
-            return y  # a lifted layer was seen inside already, a shared one at its first call
-        kernel = self.found[path] = _kernel_of(module)
-        small = min(kernel.in_features, kernel.out_features)
-        n = bases_lib.num_bases(small, self.config.r)
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-        box = module.variables["params"]["kernel"]
-        for label, shape in zip(SCALES, ((self.config.r, n), (n, small)), strict=True):
-            value = functools.partial(_boxed, box, kernel, label, jnp.zeros(shape, dtype))
-            module.scope.variable("params", label, value)
-        return y
-
-
-def _boxed(box, kernel: Kernel, label: str, value: jax.Array):
-    """The scales in a box like the kernel's: gamma has the axis name of the side it scales."""
-    if not isinstance(box, nn.Partitioned):
-        return value
-    inputs = kernel.in_features <= kernel.out_features
-    names = box.names[: kernel.num_inputs] if inputs else box.names[kernel.num_inputs :]
-    # Several axes are one in gamma: the first, which is the slowest, can still name it.
-    name = names[0] if not any(names[1:]) else None
-    return box.replace(value=value, names=(None, name if label == SCALES[1] else None))
-
-
-def _discover(base, config, variables, args, kwargs, method=None, rngs=None):
-    """Traces the base: {path: Kernel}, and the tree of scales' shapes as they are stored."""
-    if config.fan_in_fan_out:
-        warnings.warn(
-            "fan_in_fan_out=True has no effect on nn.Dense and nn.DenseGeneral, whose kernels are "
-            "(in, out)",
-            stacklevel=3,
-        )
-    discover = _Discover(config)
-    call = _unbound(base, method)
-    kwargs = _known(call, kwargs)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-
-    def trace(variables, arrays):
-        arrays = iter(arrays)
-        whole = [next(arrays) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
-        args, kwargs = jax.tree.unflatten(treedef, whole)
-        with nn.intercept_methods(discover):
-            _, updated = base.apply(
-                variables, *args, method=call, rngs=rngs, mutable=True, **kwargs
-            )
-        return updated["params"]
-
-    arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
-    params = jax.eval_shape(trace, variables, arrays)
-    targets.check(config, discover.modules)
-    scales = trees.select(params, lambda path, _: path[-1] in SCALES)
-    return discover.found, scales
-
-
-def _initial_scales(config: RandLoraConfig, found: dict[tuple[str, ...], Kernel], shapes):
+def _initial_scales(config: RandLoraConfig, found: dict[trees.Path, Kernel], shapes):
     """PEFT's start: lambda 0 and gamma 1 / max of its shape; or lambda normal, gamma 1 / max."""
 
     def start(path, leaf):
         kernel = found[path[:-1]]
         struct = nn.unbox(leaf)
-        shape, dtype = struct.shape, struct.dtype
         if path[-1] == SCALES[1]:
-            large = max(kernel.in_features, kernel.out_features)
-            sides = (*struct.shape[-1:], bases_lib.num_bases(struct.shape[-1], config.r))
-            value = jnp.full(shape, 1 / (max(sides) if config.init_weights else large), dtype)
+            sides = kernel.scale_shapes(config.r)[1] if config.init_weights else kernel.sides
+            value = jnp.full(struct.shape, 1 / max(sides), struct.dtype)
         elif config.init_weights:
-            value = jnp.zeros(shape, dtype)
+            value = jnp.zeros(struct.shape, struct.dtype)
         else:
             key = trees.key_of(config.projection_prng_key, path)
-            value = jax.random.normal(key, shape, dtype)
-        return leaf.replace_boxed(value) if isinstance(leaf, nn.meta.AxisMetadata) else value
+            value = jax.random.normal(key, struct.shape, struct.dtype)
+        return nn.meta.replace_boxed(leaf, value)
 
     return trees.map_with_path(start, shapes)
-
-
-class _Adapt:
-    """Interceptor that runs each layer that has scales with an adapted `dot_general`."""
-
-    def __init__(self, config, depth, bases, deterministic, strategy):
-        self.config, self.depth, self.bases = config, depth, bases
-        self.deterministic, self.strategy = deterministic, strategy
-        self.within = False
-
-    def __call__(self, next_fun, args, kwargs, context):
-        module = context.module
-        linear = isinstance(module, (nn.Dense, nn.DenseGeneral))
-        if self.within or context.method_name != "__call__" or not linear:
-            return next_fun(*args, **kwargs)
-        path = module.path[self.depth :]
-        name = targets.name_of(path)
-        params = dict(module.variables["params"])
-        if SCALES[0] not in params:
-            wanted = targets.matches(self.config, name) and targets.in_layers(self.config, name)
-            if wanted:
-                raise ValueError(
-                    f"{name!r} is one of target_modules but has no scales in 'randlora': they are "
-                    "from another config or another model"
-                )
-            return next_fun(*args, **kwargs)
-        scales = tuple(nn.unbox(params.pop(label)) for label in SCALES)
-        if scales[0].ndim > 2:  # the outside of a lifted layer, which comes again inside
-            return next_fun(*args, **kwargs)
-        kernel = _kernel_of(module)
-        try:
-            check_shapes(self.bases, scales, kernel.in_features, kernel.out_features)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-        adapted = RandLoraDotGeneral(
-            self.bases,
-            (prepare_scales(self.bases, scales, self.config.scaling),),
-            self._dropout(module),
-            self.strategy,
-            module.dot_general_cls() if module.dot_general_cls else module.dot_general,
-        )
-        layer = module.clone(parent=None, dot_general=adapted, dot_general_cls=None)
-        with self._inside():
-            return layer.apply({"params": params}, *args, **kwargs)
-
-    def _dropout(self, module):
-        if self.deterministic:
-            return None
-        layer = nn.Dropout(self.config.randlora_dropout, deterministic=False, parent=None)
-        rngs = {"dropout": module.make_rng("dropout")}
-        return lambda x: layer.apply({}, x, rngs=rngs)
-
-    @contextlib.contextmanager
-    def _inside(self):
-        # The layer's own call, and what it is made of, come through here too.
-        self.within = True
-        try:
-            yield
-        finally:
-            self.within = False

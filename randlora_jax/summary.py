@@ -35,10 +35,9 @@ def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
     """
     params = dict(trees.items(variables["params"]))
     rows = []
-    for path, (lam, gamma) in merging.scales_by_layer(variables["randlora"]).items():
-        kernel = nn.unbox(params[(*path, "kernel")])
-        count = math.prod(lam.shape) + math.prod(gamma.shape)
-        shapes = (str(x.shape) for x in (kernel, lam, gamma))
+    for path, where, _, _, scales in merging.adapted(variables, config, ambiguous=True):
+        count = sum(math.prod(x.shape) for x in scales)
+        shapes = (str(x.shape) for x in (nn.unbox(params[where]), *scales))
         rows.append((".".join(path) or "(root)", *shapes, f"{count:,}"))
     trainable, _ = split(variables, config)
     trains, train_bytes = _size(trainable)

@@ -28,9 +28,9 @@ def matches(config: RandLoraConfig, name: str) -> bool:
     """
     if is_saved_whole(config, name):
         return False
-    if config.exclude_modules is not None and _hits(config.exclude_modules, name):
+    if config.exclude_modules is not None and hits(config.exclude_modules, name):
         return False
-    return config.all_linear or _hits(config.target_modules or (), name)
+    return config.all_linear or hits(config.target_modules or (), name)
 
 
 def is_saved_whole(config: RandLoraConfig, name: str) -> bool:
@@ -39,10 +39,22 @@ def is_saved_whole(config: RandLoraConfig, name: str) -> bool:
     return any(re.fullmatch(rf"(.*\.)?{re.escape(part)}(\..*)?", name) for part in parts)
 
 
+def wanted(config: RandLoraConfig, name: str) -> bool | None:
+    """`matches`, and in one of `layers_to_transform`; None if that is for a stack to decide.
+
+    Example:
+      >>> config = RandLoraConfig(target_modules=["up"], layers_to_transform=[1, 3])
+      >>> [wanted(config, name) for name in ("layers_1.up", "layers.2.up", "layers.up")]
+      [True, False, None]
+    """
+    return in_layers(config, name) if matches(config, name) else False
+
+
 def in_layers(config: RandLoraConfig, name: str) -> bool | None:
     """Whether `layers_to_transform` keeps the module; None if its path has no layer number.
 
-    The number is a path's own part or the end of one: "layers.3.mlp" and "layers_3.mlp".
+    The number is a path's own part or the end of one: "layers.3.mlp" and "layers_3.mlp". Without
+    one, the module may be one of a stack, which has a leading axis for the layers instead.
     """
     if config.layers_to_transform is None:
         return True
@@ -52,7 +64,8 @@ def in_layers(config: RandLoraConfig, name: str) -> bool | None:
         found = re.match(rf"(?:.*?\.)??{pattern}[._](\d+)\.", name)
         if found:
             return int(found[1]) in layer_indices(config)
-    return None
+    stack = config.layers_pattern is None or any(p in name.split(".") for p in patterns)
+    return None if stack else False
 
 
 def layer_indices(config: RandLoraConfig) -> tuple[int, ...]:
@@ -73,9 +86,9 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
             "target_modules is None: name the modules to adapt, for example 'all-linear' or some "
             f"of {_some(sorted({name.rsplit('.', 1)[-1] for name in linear}))}"
         )
-    hits = [name for name in modules if matches(config, name)]
+    matched = [name for name in modules if matches(config, name)]
     if not config.all_linear:
-        for name in hits:
+        for name in matched:
             if name not in linear:
                 raise ValueError(
                     f"target_modules={config.target_modules!r} matches {name!r}, which is a "
@@ -85,13 +98,13 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
         targets = config.target_modules
         for target in (targets,) if isinstance(targets, str) else targets:
             # Each must mean something; what is excluded on purpose still counts as a meaning.
-            wanted = target if isinstance(targets, str) else (target,)
-            if not any(_hits(wanted, name) for name in modules):
+            pattern = target if isinstance(targets, str) else (target,)
+            if not any(hits(pattern, name) for name in modules):
                 raise ValueError(
                     f"target_modules: {target!r} matches no module; the nearest are "
                     f"{_some(_nearest(target, linear) or linear)}"
                 )
-    if not any(in_layers(config, name) is not False for name in hits if name in linear):
+    if not any(in_layers(config, name) is not False for name in matched if name in linear):
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} and "
@@ -100,7 +113,8 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
         )
 
 
-def _hits(patterns: Iterable[str] | str, name: str) -> bool:
+def hits(patterns: Iterable[str] | str, name: str) -> bool:
+    """Whether a regular expression means a whole path, or a list one by path or suffix."""
     if isinstance(patterns, str):
         return patterns == name or re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith("." + p) for p in patterns)

@@ -1,4 +1,4 @@
-"""The configuration: PEFT's fields and defaults, what it refuses, and how it is written and read."""
+"""The configuration: PEFT's fields and defaults, what is refused, writing and reading."""
 
 import dataclasses
 import json
@@ -208,7 +208,7 @@ def test_a_dropout_below_one_is_taken(dropout):
 def test_replace_changes_what_it_is_told_and_checks_it():
     config = RandLoraConfig(**EVERYTHING)
     assert config.replace(r=3) == RandLoraConfig(**{**EVERYTHING, "r": 3})
-    with pytest.raises(ValueError, match="r .*at least 1.*-1"):
+    with pytest.raises(ValueError, match=r"r .*at least 1.*-1"):
         config.replace(r=-1)
 
 
@@ -250,7 +250,7 @@ def test_unknown_keys_are_named_in_a_warning_and_dropped():
 
 
 def test_another_kind_of_adapter_is_refused():
-    with pytest.raises(ValueError, match="peft_type .*'RANDLORA'.*'LORA'"):
+    with pytest.raises(ValueError, match=r"peft_type .*'RANDLORA'.*'LORA'"):
         RandLoraConfig.from_dict({"peft_type": "LORA", "r": 8})
 
 

@@ -1,0 +1,100 @@
+"""The layers that can be adapted: a registry of each class's kernel and its input axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from randlora_jax.kernels import Kernel
+
+InputAxes = tuple[int, ...] | Callable[[Any, tuple[int, ...], tuple, dict], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a class of layers holds its kernel."""
+
+    kernel: str
+    input_axes: InputAxes | None
+    dot_general: bool = False  # the layer computes with its own attribute `dot_general`
+
+    def describe(self, layer: Any, value: Any, args: tuple, kwargs: dict, transposed: bool):
+        """The layer's `Kernel`, from the parameter's value and the arguments of a call."""
+        axes = self.input_axes
+        if axes is None:
+            axes = equation_axes(layer, value.shape, args, kwargs)
+        elif callable(axes):
+            axes = axes(layer, value.shape, args, kwargs)
+        if axes is None:
+            axes = (1,) if transposed else (0,)
+        return Kernel(tuple(value.shape), tuple(axes), self.kernel, value.dtype)
+
+
+_RULES: dict[type, Rule] = {}
+
+
+def register_layer(
+    layer: type, kernel: str = "kernel", input_axes: InputAxes | None = None, **options: Any
+) -> None:
+    """Teaches the library a class of layers that has one kernel: `y = einsum(x, kernel)`.
+
+    Subclasses are known with their class. Built in: `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`,
+    and NNX's `Linear`, `LinearGeneral` and `Einsum`.
+
+    Args:
+      layer: a Linen or NNX module class.
+      kernel: the name of the parameter.
+      input_axes: which of its axes meet the input's; or a function of (layer, kernel's shape,
+        args, kwargs) of a call. By default they are read off the einsum equation that the call
+        is given, or the layer has as an attribute; without one, the kernel is (in, out), or
+        (out, in) under `fan_in_fan_out`.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> class Einsum(nn.Module):  # as gemma has it
+      ...   shape: tuple
+      ...   @nn.compact
+      ...   def __call__(self, eqn, x):
+      ...     return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), self.shape))
+      >>> register_layer(Einsum, kernel="w")
+    """
+    if not isinstance(layer, type):
+        raise TypeError(f"layer must be a class, got {layer!r}")
+    _RULES[layer] = Rule(kernel, input_axes, **options)
+
+
+def rule_for(layer: Any) -> Rule | None:
+    """The rule of a layer's class, or of the nearest class that it derives from."""
+    return next((_RULES[c] for c in type(layer).__mro__ if c in _RULES), None)
+
+
+def equation_axes(layer, shape, args, kwargs) -> tuple[int, ...] | None:
+    """The kernel's input axes in an einsum equation `x, kernel -> y`; None if there is none.
+
+    Raises:
+      ValueError: for an equation that shares an axis of the kernel with both x and y.
+
+    Example:
+      >>> equation_axes(None, (8, 16, 4), ("BTD,NDH->BTNH",), {})
+      (1,)
+    """
+    given = [*args, *kwargs.values(), *(getattr(layer, n, None) for n in _EQUATIONS)]
+    equation = next((e for e in given if isinstance(e, str) and "," in e), None)
+    if equation is None:
+        return None
+    operands, _, result = equation.replace(" ", "").partition("->")
+    x, kernel = (term.replace("...", "") for term in operands.split(","))
+    if "->" not in equation:
+        both = x + kernel
+        result = "".join(sorted(c for c in set(both) if both.count(c) == 1))
+    linear = all((c in result) != (c in x) for c in kernel)
+    if not linear or len(kernel) != len(shape):
+        raise ValueError(
+            f"the equation {equation!r} is no linear map by one kernel of shape {tuple(shape)}: "
+            "give the layer's name to exclude_modules"
+        )
+    return tuple(i for i, c in enumerate(kernel) if c not in result)
+
+
+_EQUATIONS = ("einsum_str", "einsum_string", "equation", "eqn")

@@ -1,0 +1,87 @@
+"""How many operations the compiler is left with: exact counts, no clocks."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from randlora_jax import RandLoraConfig
+from randlora_jax.linen import RandLora
+
+# tokens, in, out, r: few to many tokens for each orientation.
+GRID = [
+    (32, 256, 256, 8),
+    (32, 1024, 256, 8),
+    (32, 256, 1024, 32),
+    (128, 512, 512, 32),
+    (128, 256, 1024, 8),
+    (512, 512, 512, 8),
+    (512, 1024, 256, 32),
+    (512, 256, 1024, 32),
+    (2048, 256, 256, 32),
+    (2048, 1024, 256, 8),
+    (4096, 256, 1024, 8),
+    (4096, 512, 512, 32),
+    (4096, 1024, 256, 32),
+]
+
+
+def flops(tokens, in_features, out_features, r, strategy="auto", train_kernel=False):
+    """Of a step's value and gradients to the scales and the input of one adapted layer."""
+    config = RandLoraConfig(r=r, target_modules="all-linear")
+    model = RandLora(nn.Dense(out_features, use_bias=False), config, strategy=strategy)
+    x = jax.ShapeDtypeStruct((tokens, in_features), jnp.float32)
+    probe = jax.ShapeDtypeStruct((tokens, out_features), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(scales, x, params, rest, probe):
+        return jnp.sum(model.apply(rest | {"randlora": scales, "params": params}, x) * probe)
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2) if train_kernel else (0, 1)))
+    lowered = step.lower(rest["randlora"], x, params, rest, probe)
+    return lowered.compile().cost_analysis()["flops"]
+
+
+def sides(tokens, in_features, out_features, r):
+    d, D = sorted((in_features, out_features))
+    return tokens, d, D, r * math.ceil(d / r)
+
+
+def factored(*point):
+    T, d, D, m = sides(*point)
+    return 4 * T * d * D + 2 * T * m * (d + D) + 2 * T * m * (2 * d + D)
+
+
+def merged(*point):
+    T, d, D, m = sides(*point)
+    return 6 * T * d * D + 6 * D * m * d
+
+
+@pytest.mark.parametrize("point", GRID, ids=str)
+def test_a_step_costs_no_more_than_the_cheaper_way(point):
+    assert flops(*point) <= 1.05 * min(factored(*point), merged(*point))
+
+
+def test_the_grid_holds_points_where_either_way_is_cheaper():
+    cheaper = {factored(*point) < merged(*point) for point in GRID}
+    assert cheaper == {False, True}
+
+
+@pytest.mark.parametrize("formula", [factored, merged])
+@pytest.mark.parametrize("sizes", [(256, 1024), (1024, 256), (512, 512)], ids=str)
+def test_a_forced_strategy_costs_what_its_formula_says(formula, sizes):
+    point = (384, *sizes, 32)
+    count = flops(*point, strategy=formula.__name__)
+    assert 0.99 * formula(*point) < count < 1.05 * formula(*point)
+
+
+@pytest.mark.parametrize("sizes", [(256, 1024), (1024, 256)], ids=str)
+def test_no_gradient_of_a_frozen_kernel_is_computed(sizes):
+    point = (128, *sizes, 32)
+    kernel_gradient = 2 * math.prod(point[:3])
+    frozen = flops(*point, strategy="factored")
+    trained = flops(*point, strategy="factored", train_kernel=True)
+    assert trained - frozen > 0.99 * kernel_gradient
