@@ -47,7 +47,7 @@ def parse(argv=None):
     parser.add_argument("--rank", type=int, default=32, help="rank of a basis; more is smaller")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=96)
+    parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path("outputs/smollm2"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--seed", type=int, default=0)
