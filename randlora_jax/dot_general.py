@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
+from randlora_jax.kernels import wide
 from randlora_jax.partitioning import like, per_device
 from randlora_jax.products import (
     Backward,
@@ -25,7 +26,6 @@ from randlora_jax.products import (
     KernelGradient,
     Spec,
     Strategy,
-    accumulator,
     factors,
 )
 
@@ -61,7 +61,7 @@ def delta_weight(
     """
     bases = {"randlora_A": randlora_A, "randlora_B": randlora_B}
     check_shapes(bases, (randlora_lambda.shape, randlora_gamma.shape), in_features, out_features)
-    dtype = accumulator(randlora_lambda.dtype)
+    dtype = wide(randlora_lambda.dtype)
     small, large = sorted((in_features, out_features))
     V = randlora_B[:large, : randlora_lambda.shape[1]].reshape(large, -1)
     scales = (randlora_lambda * scaling)[None], randlora_gamma[None]
@@ -125,9 +125,6 @@ def _forward(spec, x, kernel, A, B, lam, gamma):
 def _backward(spec, residuals, dy):
     x, kernel, A, B, lam, gamma = residuals
     dy = dy.astype(x.dtype)
-    # Without the barrier XLA would find that dW was computed in the forward pass, and keep one
-    # array of a kernel's size a layer until here.
-    dy, lam, gamma = lax.optimization_barrier((dy, lam, gamma))
     operands = ([kernel] if spec.plus_kernel else []) + [x, dy, *_sliced(spec, A, B, lam, gamma)]
     dx, d_lam, d_gamma = per_device(Backward(spec), spec.division(backward=True), *operands)
     d_kernel = None

@@ -21,7 +21,7 @@ from randlora_jax.dot_general import (
     delta_weight,
     prepare_scales,
 )
-from randlora_jax.kernels import SCALES, Kernel
+from randlora_jax.kernels import SCALES, Kernel, wide
 from randlora_jax.layers import Rule, register_layer, rule_for
 
 
@@ -94,7 +94,7 @@ class Discover:
         if (label[0] if label else SCALES[0]) in own:
             return  # a lifted layer was seen inside already, a shared one at its first call
         self.found[(*module.path, *label)] = kernel
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = wide(kernel.dtype)
         scales = {
             scale: _boxed(own[kernel.name], kernel, scale, jnp.zeros(shape, dtype))
             for scale, shape in zip(SCALES, kernel.scale_shapes(self.config.r), strict=True)
@@ -208,24 +208,20 @@ class Adapt:
     def _through_kernels(self, module, next_fun, updates, args, kwargs, context):
         """Runs a module on kernels with the updates added, where it can't be told of a product."""
         call = getattr(type(module), context.method_name)
-        every = [
-            (target, *rest)
-            for target, (k, found) in updates.items()
-            for rest in ((k, config, scales) for config, scales in found)
-        ]
-        dropouts = [self._dropout(module, config) for _, _, config, _ in every]
-        deltas = [(kernel.name, self._delta(kernel, scales)) for _, kernel, _, scales in every]
+        every = [(k, config, scales) for k, found in updates.values() for config, scales in found]
+        dropouts = [self._dropout(module, config) for _, config, _ in every]
+        deltas = [(kernel, self._delta(kernel, scales)) for kernel, _, scales in every]
         if not any(dropouts):
             return self._on_params(module, call, functools.partial(_add, deltas), args, kwargs)
         if rule_for(module) is None:
             raise ValueError(
-                f"randlora_dropout={every[0][2].randlora_dropout} has no input to act on at the "
-                f"raw parameter {every[0][0]!r}: set it to 0, or deterministic=True"
+                f"randlora_dropout={every[0][1].randlora_dropout} has no input to act on at the "
+                f"raw parameter {next(iter(updates))!r}: set it to 0, or deterministic=True"
             )
         y = next_fun(*args, **kwargs)
-        for (key, delta), dropout in zip(deltas, dropouts, strict=True):
+        for (kernel, delta), dropout in zip(deltas, dropouts, strict=True):
             drop = lambda x, dropout=dropout: dropout(x) if dropout and hasattr(x, "ndim") else x
-            only = functools.partial(_only, key, delta)
+            only = functools.partial(_only, kernel, delta)
             y = y + self._on_params(module, call, only, tuple(map(drop, args)), kwargs)
         return y
 
@@ -237,7 +233,7 @@ class Adapt:
 
     def _delta(self, kernel: Kernel, scales: Scales):
         A, B = self.bases["randlora_A"], self.bases["randlora_B"]
-        return kernel.from_matrix(delta_weight(A, B, *scales, *kernel.sides, 1.0))
+        return delta_weight(A, B, *scales, *kernel.sides, 1.0)
 
     def _dropout(self, module, config):
         if self.deterministic or config.randlora_dropout == 0:
@@ -256,18 +252,20 @@ class Adapt:
 
 
 def _add(deltas, params):
-    """Parameters with each kernel's updates added, accumulated in float32."""
-    params = dict(params)
-    for key, delta in deltas:
-        value = nn.unbox(params[key])
-        wide = jnp.promote_types(value.dtype, delta.dtype)
-        summed = (value.astype(wide) + delta.astype(wide)).astype(value.dtype)
-        params[key] = nn.meta.replace_boxed(params[key], summed)
-    return params
+    """Parameters with the updates, (in, out) matrices, added to their kernels."""
+    sums = {}
+    for kernel, delta in deltas:
+        sums[kernel] = sums[kernel] + delta if kernel in sums else delta
+    changed = {}
+    for kernel, delta in sums.items():
+        box = params[kernel.name]
+        changed[kernel.name] = nn.meta.replace_boxed(box, kernel.add(nn.unbox(box), delta))
+    return {**params, **changed}
 
 
-def _only(key, delta, params):
+def _only(kernel, delta, params):
     """An update in its kernel's place, and zero for all other parameters."""
     params = jax.tree.map(jnp.zeros_like, dict(params))
-    value = delta.astype(nn.unbox(params[key]).dtype)
-    return {**params, key: nn.meta.replace_boxed(params[key], value)}
+    box = params[kernel.name]
+    value = kernel.add(nn.unbox(box), delta)
+    return {**params, kernel.name: nn.meta.replace_boxed(box, value)}

@@ -22,6 +22,12 @@ from randlora_jax import trees
 from randlora_jax.bases import num_bases
 
 SCALES = ("randlora_lambda", "randlora_gamma")
+Shape = tuple[int, ...]
+
+
+def wide(*dtypes: Any) -> Any:
+    """The dtype to accumulate in: the widest of these, and float32 at least."""
+    return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Kernel:
         order = (*self.input_axes, *self.output_axes)
         whole = matrix.reshape([self.shape[i] for i in order])
         return jnp.transpose(whole, [order.index(i) for i in range(len(order))])
+
+    def add(self, value: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The kernel plus an (in, out) matrix: in float32, and rounded once to its dtype."""
+        dtype = wide(value.dtype, matrix.dtype)
+        return (value.astype(dtype) + self.from_matrix(matrix).astype(dtype)).astype(value.dtype)
 
 
 def parse_label(path: trees.Path) -> tuple[trees.Path, tuple[int, ...] | None]:
@@ -157,6 +168,18 @@ def only(found: list[Layout], shape: tuple[int, ...]) -> Layout:
             "give the model's example inputs too, as in merge(variables, x)"
         )
     return found[0]
+
+
+def unstack(shape: Shape, core: Shape) -> Shape:
+    """The axes that a stored kernel has besides those of one layer's, `core`; outermost first.
+
+    Raises:
+      ValueError: if there is no way to read it so.
+    """
+    for axes in itertools.product((0, 1, -1), repeat=max(len(shape) - len(core), 0)):
+        if _unstack(shape, axes)[0] == tuple(core):
+            return axes
+    raise ValueError(f"its kernel has the shape {tuple(shape)}, but it was made for {tuple(core)}")
 
 
 def _leading(shape):

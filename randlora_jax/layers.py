@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from randlora_jax.kernels import Kernel
+from randlora_jax.kernels import Kernel, Shape, unstack
 
 InputAxes = tuple[int, ...] | Callable[[Any, tuple[int, ...], tuple, dict], tuple[int, ...]]
 
@@ -18,6 +18,24 @@ class Rule:
     kernel: str
     input_axes: InputAxes | None
     dot_general: bool = False  # the layer computes with its own attribute `dot_general`
+    einsum_op: bool = False  # the same for `einsum_op`
+    shape: Callable[[Any], Shape] | None = None  # of the kernel, as the layer was made
+
+    def stack(self, layer: Any, shape: Shape) -> Shape:
+        """The axes of a stored kernel that stack layers, outermost first (NNX's `vmap` adds them).
+
+        Raises:
+          ValueError: if there is a kernel of another shape, or several ways to read this one.
+        """
+        if self.shape is not None:
+            return unstack(shape, tuple(self.shape(layer)))
+        equation = _equation(layer, (), {})
+        if equation is None and self.input_axes is None and len(shape) > 2:
+            raise ValueError(
+                f"nothing tells which axes of its kernel of shape {tuple(shape)} are inputs: give "
+                "register_layer its input_axes"
+            )
+        return (0,) * (len(shape) - len(_operands(equation)[1])) if equation else ()
 
     def describe(self, layer: Any, value: Any, args: tuple, kwargs: dict, transposed: bool):
         """The layer's `Kernel`, from the parameter's value and the arguments of a call."""
@@ -79,15 +97,10 @@ def equation_axes(layer, shape, args, kwargs) -> tuple[int, ...] | None:
       >>> equation_axes(None, (8, 16, 4), ("BTD,NDH->BTNH",), {})
       (1,)
     """
-    given = [*args, *kwargs.values(), *(getattr(layer, n, None) for n in _EQUATIONS)]
-    equation = next((e for e in given if isinstance(e, str) and "," in e), None)
+    equation = _equation(layer, args, kwargs)
     if equation is None:
         return None
-    operands, _, result = equation.replace(" ", "").partition("->")
-    x, kernel = (term.replace("...", "") for term in operands.split(","))
-    if "->" not in equation:
-        both = x + kernel
-        result = "".join(sorted(c for c in set(both) if both.count(c) == 1))
+    x, kernel, result = _operands(equation)
     linear = all((c in result) != (c in x) for c in kernel)
     if not linear or len(kernel) != len(shape):
         raise ValueError(
@@ -98,3 +111,17 @@ def equation_axes(layer, shape, args, kwargs) -> tuple[int, ...] | None:
 
 
 _EQUATIONS = ("einsum_str", "einsum_string", "equation", "eqn")
+
+
+def _equation(layer, args, kwargs) -> str | None:
+    given = [*args, *kwargs.values(), *(getattr(layer, n, None) for n in _EQUATIONS)]
+    return next((e for e in given if isinstance(e, str) and "," in e), None)
+
+
+def _operands(equation: str) -> tuple[str, str, str]:
+    """The letters of x, of the kernel and of the result."""
+    operands, arrow, result = equation.replace(" ", "").replace("...", "").partition("->")
+    x, kernel = operands.split(",")
+    both = x + kernel
+    implied = "".join(sorted(c for c in set(both) if both.count(c) == 1))
+    return x, kernel, result if arrow else implied

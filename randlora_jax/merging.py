@@ -92,9 +92,8 @@ def _merge(kernel, bases: Bases, scales, layout: kernels.Layout, rows, scaling: 
     def one(kernel, lam, gamma):
         lam, gamma = prepare_scales(bases, (lam, gamma), scaling)
         A, B = bases["randlora_A"], bases["randlora_B"]
-        delta = layout.kernel.from_matrix(delta_weight(A, B, lam, gamma, *layout.kernel.sides, 1.0))
-        wide = jnp.promote_types(kernel.dtype, delta.dtype)
-        return (kernel.astype(wide) + delta.astype(wide)).astype(kernel.dtype)
+        delta = delta_weight(A, B, lam, gamma, *layout.kernel.sides, 1.0)
+        return layout.kernel.add(kernel, delta)
 
     def whole(kernel, lam, gamma):
         some = kernel[jnp.array(rows)] if rows else kernel

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
+from randlora_jax.kernels import wide
 from randlora_jax.partitioning import Division, Factors
 
 Strategy = Literal["auto", "merged", "factored"]
@@ -118,8 +119,17 @@ def product_flops(
     return 2 * forward, 2 * backward
 
 
-def accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+def after(value, other):
+    """The same value to the last bit, but not before `other` is there.
+
+    What is made of the scales alone, XLA would make for all layers before the first of them runs,
+    or keep from the forward to the backward pass: an array of a kernel's size for every layer. An
+    optimization barrier does not help, since XLA takes it away before it decides on an order.
+    """
+    if other.size == 0:
+        return value
+    # Nothing is greater than infinity, not even what is no number; but XLA does not know that.
+    return value + (other[(0,) * other.ndim] > jnp.inf).astype(value.dtype)
 
 
 def factors(A, V, lam, gamma, inputs_are_small, dtype):
@@ -158,13 +168,16 @@ class Pass:
         dims = ((tuple(a_axes), tuple(b_axes)), ((), ()))
         return lax.dot_general(a, b, dims, self.spec.precision, dtype)
 
-    def prepare(self, x, A, V, lam, gamma):
-        """L (in, m), R (m, out), the shapes in and out have here, and the ways to compute."""
+    def prepare(self, x, latest, A, V, lam, gamma):
+        """L (in, m), R (m, out), the shapes in and out have here, and the ways to compute.
+
+        They are not computed before `latest`, x or dy.
+        """
         spec = self.spec
         small, large = A.shape[1:], V.shape[:-1]
         left, right = factors(
             A.reshape(A.shape[0], -1), V.reshape(-1, V.shape[-1]),
-            lam, gamma.reshape(*gamma.shape[:2], -1), spec.inputs_are_small, x.dtype,
+            after(lam, latest), gamma.reshape(*gamma.shape[:2], -1), spec.inputs_are_small, x.dtype,
         )  # fmt: skip
         ins, outs = (small, large) if spec.inputs_are_small else (large, small)
         sizes = math.prod(x.shape[: spec.num_tokens]), left.shape[0], right.shape[1]
@@ -173,11 +186,11 @@ class Pass:
 
     def merged(self, kernel, left, right, shape):
         """W + L.R, accumulated in float32 and rounded once to the kernel's dtype."""
-        wide = accumulator(left.dtype)
-        delta = self.dot(left, right, (1,), (0,), wide).reshape(shape)
+        dtype = wide(left.dtype)
+        delta = self.dot(left, right, (1,), (0,), dtype).reshape(shape)
         if kernel is None:
             return delta.astype(left.dtype)
-        return (kernel.astype(wide) + delta).astype(kernel.dtype)
+        return (kernel.astype(dtype) + delta).astype(kernel.dtype)
 
 
 class Forward(Pass):
@@ -186,7 +199,7 @@ class Forward(Pass):
     def __call__(self, *operands):
         spec = self.spec
         kernel, (x, *rest) = (operands[0], operands[1:]) if spec.plus_kernel else (None, operands)
-        left, right, ins, outs, (merge, _) = self.prepare(x, *rest)
+        left, right, ins, outs, (merge, _) = self.prepare(x, x, *rest)
         inputs = range(spec.num_tokens, x.ndim), range(len(ins))
         if merge:
             kernel = self.merged(kernel, left, right, (*ins, *outs))
@@ -204,17 +217,17 @@ class Backward(Pass):
         kernel, (x, dy, *rest) = (
             (operands[0], operands[1:]) if spec.plus_kernel else (None, operands)
         )
-        left, right, ins, outs, (_, merge) = self.prepare(x, *rest)
-        wide = accumulator(x.dtype)
+        left, right, ins, outs, (_, merge) = self.prepare(x, dy, *rest)
+        dtype = wide(x.dtype)
         tokens = range(spec.num_tokens)
         outputs = range(spec.num_tokens, dy.ndim), range(len(ins), len(ins) + len(outs))
         if merge:
             dx = self.dot(dy, self.merged(kernel, left, right, (*ins, *outs)), *outputs, x.dtype)
-            dW = self.dot(x, dy, tokens, tokens, wide).reshape(left.shape[0], -1).astype(x.dtype)
+            dW = self.dot(x, dy, tokens, tokens, dtype).reshape(left.shape[0], -1).astype(x.dtype)
             if spec.inputs_are_small:  # U.T is on the left
-                dU = self.dot(right, dW, (1,), (1,), wide)
+                dU = self.dot(right, dW, (1,), (1,), dtype)
             else:
-                dU = self.dot(left, dW, (0,), (0,), wide)
+                dU = self.dot(left, dW, (0,), (0,), dtype)
         else:
             left, right = left.reshape(*ins, -1), right.reshape(-1, *outs)
             thin = self.dot(dy, right, outputs[0], range(1, right.ndim), x.dtype)  # (tokens..., m)
@@ -222,10 +235,10 @@ class Backward(Pass):
             if kernel is not None:
                 dx = self.dot(dy, kernel, *outputs, x.dtype) + dx
             if spec.inputs_are_small:
-                dU = self.dot(thin, x, tokens, tokens, wide)
+                dU = self.dot(thin, x, tokens, tokens, dtype)
             else:
                 hidden = self.dot(x, left, range(len(tokens), x.ndim), range(len(ins)), x.dtype)
-                dU = self.dot(hidden, dy, tokens, tokens, wide)
+                dU = self.dot(hidden, dy, tokens, tokens, dtype)
         A, _, lam, gamma = rest
         flat = gamma.reshape(*gamma.shape[:2], -1)
         dU = dU.reshape(dU.shape[0], -1)
@@ -238,4 +251,4 @@ class KernelGradient(Pass):
 
     def __call__(self, x, dy):
         tokens = range(self.spec.num_tokens)
-        return (self.dot(x, dy, tokens, tokens, accumulator(x.dtype)),)
+        return (self.dot(x, dy, tokens, tokens, wide(x.dtype)),)
