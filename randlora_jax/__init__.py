@@ -2,11 +2,13 @@
 
 from randlora_jax import adapters
 from randlora_jax.bases import draw as draw_bases
+from randlora_jax.budget import matching_rank, num_parameters
 from randlora_jax.checkpoint import load_adapter, save_adapter
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.dot_general import RandLoraDotGeneral, delta_weight
 from randlora_jax.layers import register_layer
 from randlora_jax.merging import merge
+from randlora_jax.sharding import sharding
 from randlora_jax.summary import summary
 from randlora_jax.training import combine, labels, partition, split
 
@@ -19,10 +21,13 @@ __all__ = [
     "draw_bases",
     "labels",
     "load_adapter",
+    "matching_rank",
     "merge",
+    "num_parameters",
     "partition",
     "register_layer",
     "save_adapter",
+    "sharding",
     "split",
     "summary",
 ]

@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
@@ -139,8 +140,12 @@ def _mapped(function, division, mesh, operands):
 def _told_by_compiler(function, division):
     def partition(mesh, arguments, results):
         del results
-        shapes = [a.shape for a in arguments]
-        axes = division.assign(shapes, [a.sharding.spec for a in arguments], mesh.shape)
+        axes: dict[str, Axes] = {}
+        if mesh.empty:  # there are several devices, but nothing that divides anything among them
+            mesh = Mesh(np.array(list(arguments[0].sharding.device_set)), ("all",))
+        else:
+            specs = [a.sharding.spec for a in arguments]
+            axes = division.assign([a.shape for a in arguments], specs, mesh.shape)
         placed = [
             tuple(NamedSharding(mesh, spec) for spec in _specs(arrays, axes))
             for arrays in (division.results, division.operands)

@@ -1,0 +1,87 @@
+"""Where adapted variables live on a mesh: next to the kernels they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from randlora_jax import merging, trees
+from randlora_jax.config import RandLoraConfig
+
+
+def sharding(
+    variables: trees.Tree,
+    config: RandLoraConfig,
+    mesh: Mesh | None = None,
+    *,
+    data_axes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Shardings for `jax.device_put`, or for in_shardings and out_shardings of `jax.jit`.
+
+    The base's are what they are: of arrays, or as their boxes' names say. A gamma is divided like
+    the side of the kernel that it scales; lambda and the bases are small and are used by every
+    device, so each has them whole.
+
+    Args:
+      variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s with shardings will do.
+      config: the adapter's.
+      mesh: where no array tells.
+      data_axes: mesh axes that divide the batch. Scales are not divided along them: there each
+        device needs all of a gamma, and would have to fetch it.
+
+    Returns:
+      A tree of `NamedSharding` like `variables`, boxes replaced by their one leaf.
+
+    Raises:
+      ValueError: if there is no mesh to be found.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> kernel = jax.ShapeDtypeStruct((4, 8), "float32",
+      ...                               sharding=NamedSharding(mesh, P("model", None)))
+      >>> scales = {s: jax.ShapeDtypeStruct(n, "float32")
+      ...           for s, n in (("randlora_lambda", (2, 2)), ("randlora_gamma", (2, 4)))}
+      >>> bases = {"randlora_A": jax.ShapeDtypeStruct((2, 1, 4), "float32"),
+      ...          "randlora_B": jax.ShapeDtypeStruct((8, 2, 2), "float32")}
+      >>> variables = {"params": {"kernel": kernel}, "randlora": scales, "randlora_bases": bases}
+      >>> sharding(variables, RandLoraConfig(r=2))["randlora"]["randlora_gamma"].spec
+      P(None, 'model')
+    """
+    leaves = dict(trees.items(variables))
+    found = (getattr(nn.unbox(leaf), "sharding", None) for leaf in leaves.values())
+    meshes = [s.mesh for s in found if isinstance(s, NamedSharding)]
+    mesh = mesh or (meshes[0] if meshes else None)
+    if mesh is None:
+        raise ValueError("mesh is None, and no array is on one: give the mesh")
+    specs = {path: _spec(leaf) for path, leaf in leaves.items()}
+    for path, where, layout, _, (lam, gamma) in merging.adapted(variables, config, ambiguous=True):
+        kernel = list(specs[("params", *where)])
+        kernel += [None] * (nn.unbox(leaves[("params", *where)]).ndim - len(kernel))
+        stack = [kernel.pop(axis) for axis in layout.stack]
+        ins, outs = layout.kernel.input_axes, layout.kernel.output_axes
+        small = ins if layout.kernel.in_features <= layout.kernel.out_features else outs
+        # Several axes are one in gamma, of which only the slowest can be divided.
+        along = kernel[small[0]] if not any(kernel[i] for i in small[1:]) else None
+        if set(data_axes) & set((along,) if isinstance(along, str) else along or ()):
+            along = None
+        for name, scales, core in (
+            ("randlora_lambda", lam, [None, None]), ("randlora_gamma", gamma, [None, along]),
+        ):  # fmt: skip
+            for axis, name_of_stack in reversed(list(zip(layout.stack, stack, strict=True))):
+                core.insert(axis if axis >= 0 else len(core) + 1 + axis, name_of_stack)
+            assert len(core) == scales.ndim
+            specs[("randlora", *path, name)] = P(*core)
+    return trees.build({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
+
+
+def _spec(leaf: Any) -> P:
+    """The PartitionSpec of a leaf: of its box, of its array, or none."""
+    if isinstance(leaf, nn.Partitioned):
+        return leaf.get_partition_spec()
+    kind = getattr(leaf, "sharding", None)
+    return kind.spec if isinstance(kind, NamedSharding) else P()
