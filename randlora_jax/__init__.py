@@ -1,6 +1,6 @@
 """RandLoRA (Albert et al., ICLR 2025) for JAX and Flax; `linen` holds the module transform."""
 
-from randlora_jax import adapters
+from randlora_jax import adapters, peft
 from randlora_jax.bases import draw as draw_bases
 from randlora_jax.budget import matching_rank, num_parameters
 from randlora_jax.checkpoint import load_adapter, save_adapter
@@ -25,6 +25,7 @@ __all__ = [
     "merge",
     "num_parameters",
     "partition",
+    "peft",
     "register_layer",
     "save_adapter",
     "sharding",

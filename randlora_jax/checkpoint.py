@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import uuid
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -42,7 +44,7 @@ def save_adapter(
       FileExistsError: if there is something at `path` and `overwrite` is False.
       ValueError: for `save_projection=False` with bases that the seed does not draw.
     """
-    path = epath.Path(path).resolve() if "://" not in str(path) else epath.Path(path)
+    path = _resolved(path)
     if path.exists() and not (overwrite and is_adapter(path)):
         raise FileExistsError(
             f"{path} exists already"
@@ -50,19 +52,19 @@ def save_adapter(
         )
     content, metadata = pack(variables, config)
     new = path.parent / f"{path.name}.new-{uuid.uuid4().hex[:8]}"
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(
             new,
             args=ocp.args.Composite(
                 adapter=ocp.args.StandardSave(content), metadata=ocp.args.JsonSave(metadata)
             ),
         )
-    old = _old(path)
+    replaced = path.parent / f"{_replaced(path)}{uuid.uuid4().hex[:8]}"
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
+        path.rename(replaced)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    if replaced.exists():
+        replaced.rmtree()
 
 
 def load_adapter(
@@ -82,23 +84,54 @@ def load_adapter(
       ValueError: if it is cut short or altered, of another model, of a newer format, or if its
         seed no longer draws its bases.
     """
-    path = epath.Path(path).resolve() if "://" not in str(path) else epath.Path(path)
-    if not path.exists() and _old(path).exists():
-        path = _old(path)  # a save was killed between its two moves
+    path = _resolved(path)
+    return unpack(*read(path), variables, str(path))
+
+
+def read(path: str | epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `pack` made, as `save_adapter` wrote it to a folder; not verified yet.
+
+    Raises:
+      FileNotFoundError: if there is no adapter at `path`.
+      ValueError: if it can't be read.
+    """
+    path = _resolved(path)
+    if not path.exists():  # a save may have been killed between its two moves
+        path = next(iter(path.parent.glob(f"{_replaced(path)}*")), path)
     if not is_adapter(path):
         raise FileNotFoundError(f"{path} is no adapter: it has no 'adapter' and 'metadata' in it")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
+            saved = checkpointer.metadata(path).item_metadata["adapter"]
+            whole = _everywhere()
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+                dict(saved.tree),
+            )
+            # The devices it was saved from need not be here: the shardings are ours.
             read = checkpointer.restore(
                 path,
                 args=ocp.args.Composite(
-                    adapter=ocp.args.StandardRestore(), metadata=ocp.args.JsonRestore()
+                    adapter=ocp.args.StandardRestore(wanted), metadata=ocp.args.JsonRestore()
                 ),
             )
     # Whatever a damaged file makes Orbax and its parsers raise, it means the same to the caller.
     except Exception as error:
         raise ValueError(f"{path} is cut short or altered: {error}") from error
-    return unpack(read["adapter"], read["metadata"], variables, str(path))
+    return read["adapter"], read["metadata"]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    handlers = {"adapter": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _everywhere() -> jax.sharding.Sharding:
+    """Where arrays are restored to: one device, or all of those of several processes."""
+    if jax.process_count() == 1:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def is_adapter(path: epath.Path) -> bool:
@@ -126,13 +159,13 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
             "save_projection=False, but these bases are not those that projection_prng_key="
             f"{config.projection_prng_key} draws, and would be lost: set save_projection=True"
         )
-    metadata = {
+    described = {
         "format": FORMAT,
         "config": config.to_dict(),
         "bases": drawn,
         "checksums": _fingerprints(content),
     }
-    return content, metadata
+    return content, {**described, "digest": _digest(described)}
 
 
 def unpack(
@@ -145,6 +178,9 @@ def unpack(
             f"{source} has format {version!r}, and this library reads {FORMAT}: "
             "install the one that wrote it, or a newer one"
         )
+    digest = metadata.get("digest")
+    if digest != _digest({k: v for k, v in metadata.items() if k != "digest"}):
+        raise ValueError(f"{source} is cut short or altered: its config is not what was saved")
     checksums = _fingerprints(content)
     expected = metadata["checksums"]
     for name in sorted(set(checksums) | set(expected)):
@@ -177,8 +213,18 @@ def unpack(
     return {**whole, "params": trees.build(params)}, config
 
 
-def _old(path: epath.Path) -> epath.Path:
-    return path.parent / f"{path.name}.old"
+def _resolved(path: str | epath.Path) -> epath.Path:
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def _replaced(path: epath.Path) -> str:
+    """How a folder is called while another takes its place, less some letters of its own."""
+    return f".{path.name}.replaced-"
+
+
+def _digest(described: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _draw_again(config: RandLoraConfig, drawn: dict[str, Any]) -> bases_lib.Bases:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 ALL_LINEAR = "all-linear"
@@ -79,7 +79,7 @@ class RandLoraConfig:
     def __post_init__(self):
         for name in ("r", "projection_prng_key"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            if not _is_integer(value):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             object.__setattr__(self, name, int(value))
         if self.r < 1:
@@ -88,6 +88,9 @@ class RandLoraConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+        for name in ("save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not math.isfinite(self.randlora_alpha):
             raise ValueError(f"randlora_alpha must be finite, got {self.randlora_alpha}")
         if not 0 <= self.randlora_dropout < 1:
@@ -101,27 +104,28 @@ class RandLoraConfig:
         self._check_layers()
 
     def _check_layers(self):
-        layers = self.layers_to_transform
-        if layers is not None:
-            layers = (layers,) if hasattr(layers, "__index__") else tuple(layers)
-            if not layers or any(isinstance(i, bool) or i != int(i) or i < 0 for i in layers):
+        given = self.layers_to_transform
+        if given is None:
+            if self.layers_pattern is not None:
                 raise ValueError(
-                    "layers_to_transform must be indices of layers, 0 or more, "
-                    f"got {self.layers_to_transform!r}"
+                    f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the "
+                    "indices of the layers to adapt"
                 )
-            if isinstance(self.target_modules, str) and not self.all_linear:
-                raise ValueError(
-                    "layers_to_transform has no effect with target_modules="
-                    f"{self.target_modules!r}, a regular expression: write the layers into the "
-                    "expression, or give target_modules as a list"
-                )
-            if not hasattr(self.layers_to_transform, "__index__"):
-                object.__setattr__(self, "layers_to_transform", tuple(int(i) for i in layers))
-        elif self.layers_pattern is not None:
+            return
+        several = isinstance(given, Collection) and not isinstance(given, str)
+        layers = tuple(given) if several else (given,)
+        if not layers or not all(_is_integer(i) and i >= 0 for i in layers):
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, the indices "
-                "of the layers to adapt"
+                f"layers_to_transform must be indices of layers, 0 or more, got {given!r}"
             )
+        if isinstance(self.target_modules, str) and not self.all_linear:
+            raise ValueError(
+                f"layers_to_transform has no effect with target_modules={self.target_modules!r}, "
+                "a regular expression: write the layers into the expression, or give "
+                "target_modules as a list"
+            )
+        layers = tuple(int(i) for i in layers)
+        object.__setattr__(self, "layers_to_transform", layers if several else layers[0])
 
     @property
     def scaling(self) -> float:
@@ -171,20 +175,26 @@ class RandLoraConfig:
         return dataclasses.replace(self, **changes)
 
 
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def _names(field: str, value: Any) -> tuple[str, ...] | str | None:
     """Checks a field of names: None, a regular expression, or a collection of strings."""
     if value is None:
         return None
-    if isinstance(value, str):
-        if field == "modules_to_save":
-            raise TypeError(f"modules_to_save must be a list of names, got {value!r}")
+    is_text = isinstance(value, str)
+    if is_text and field == "modules_to_save":
+        raise TypeError(f"modules_to_save must be a list of names, got {value!r}")
+    values = (value,) if is_text else value
+    if not isinstance(values, Collection) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{field} must be strings, got {value!r}")
+    for pattern in values if is_text or field == "layers_pattern" else ():
         try:
-            re.compile(value)
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{field}={value!r} is no regular expression: {error}") from None
+    if is_text:
         return value
     # A set has no order: sorted, so that equal configs are equal and hash alike.
-    values = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-    if not all(isinstance(v, str) for v in values):
-        raise TypeError(f"{field} must hold strings, got {value!r}")
-    return values
+    return tuple(sorted(values) if isinstance(values, (set, frozenset)) else values)

@@ -165,6 +165,9 @@ class RandLoraDotGeneral:
                 f"dimension_numbers={dimension_numbers}: an adapted kernel has its input axes "
                 "first and no batch axes"
             )
+        sides = math.prod(rhs.shape[: len(contract)]), math.prod(rhs.shape[len(contract) :])
+        for lam, gamma in self.scales:
+            check_shapes(self.bases, (lam.shape, gamma.shape), *sides)
         tokens = [i for i in range(lhs.ndim) if i not in contract]
         spec = Spec(
             len(tokens), len(contract), rhs.shape, True, precision, preferred_element_type,

@@ -47,7 +47,11 @@ def wanted(config: RandLoraConfig, name: str) -> bool | None:
       >>> [wanted(config, name) for name in ("layers_1.up", "layers.2.up", "layers.up")]
       [True, False, None]
     """
-    return in_layers(config, name) if matches(config, name) else False
+    if not matches(config, name):
+        return False
+    # A whole name says which layer it means, as in PEFT.
+    by_name = not isinstance(config.target_modules, str) and name in config.target_modules
+    return by_name or in_layers(config, name)
 
 
 def in_layers(config: RandLoraConfig, name: str) -> bool | None:
@@ -104,7 +108,7 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
                     f"target_modules: {target!r} matches no module; the nearest are "
                     f"{_some(_nearest(target, linear) or linear)}"
                 )
-    if not any(in_layers(config, name) is not False for name in matched if name in linear):
+    if not any(wanted(config, name) is not False for name in matched if name in linear):
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} and "

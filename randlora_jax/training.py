@@ -9,6 +9,7 @@ import optax
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.kernels import parse_label
 
 FROZEN = "frozen"
 
@@ -25,7 +26,8 @@ def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
       >>> labels(tree, RandLoraConfig(bias="all"))["params"]
       {'bias': 'bias', 'kernel': 'frozen'}
     """
-    adapted = {path[:-1] for path, _ in trees.items(variables.get("randlora", {}))}
+    scales = trees.items(variables.get("randlora", {}))
+    adapted = {parse_label(path[:-1])[0][:-1] for path, _ in scales}
 
     def label(path, _):
         collection, *inside = path

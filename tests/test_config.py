@@ -76,11 +76,6 @@ def test_is_frozen():
         RandLoraConfig().r = 4
 
 
-def test_takes_keywords_alone():
-    with pytest.raises(TypeError, match="positional"):
-        RandLoraConfig(4)
-
-
 def test_equal_values_are_equal_and_hash_alike():
     one, other = RandLoraConfig(**EVERYTHING), RandLoraConfig(**EVERYTHING)
     assert one == other
@@ -128,6 +123,7 @@ def test_numpy_integers_count_as_layers():
     assert json.loads(config.to_json())["layers_to_transform"] == 5
 
 
+EITHER = (TypeError, ValueError)
 WRONG = [
     # error, values, what the message has to say
     (ValueError, {"r": 0}, "r .*at least 1.*0"),
@@ -168,30 +164,20 @@ WRONG = [
     (ValueError, {"layers_to_transform": []}, r"layers_to_transform .*\[\]"),
     (ValueError, {"layers_to_transform": True}, "layers_to_transform .*True"),
     (ValueError, {"layers_to_transform": [1.5]}, r"layers_to_transform .*1\.5"),
+    (EITHER, {"target_modules": 5}, "target_modules.*5"),
+    (EITHER, {"target_modules": {"up", 5}}, "target_modules.*5"),
+    (EITHER, {"layers_to_transform": "ab"}, "layers_to_transform.*'ab'"),
+    (EITHER, {"layers_to_transform": 3.5}, r"layers_to_transform.*3\.5"),
+    (EITHER, {"layers_to_transform": [None]}, "layers_to_transform.*None"),
+    (EITHER, {"layers_to_transform": 1, "layers_pattern": ["("]}, r"layers_pattern.*'\('"),
+    (EITHER, {"sparse": "no"}, "sparse.*'no'"),
+    (EITHER, {"save_projection": None}, "save_projection.*None"),
 ]
 
 
 @pytest.mark.parametrize("error, values, message", WRONG, ids=[str(w[1]) for w in WRONG])
 def test_a_wrong_value_is_refused_by_field_and_value(error, values, message):
     with pytest.raises(error, match=message):
-        RandLoraConfig(**values)
-
-
-ILL_TYPED = [
-    ({"target_modules": 5}, "target_modules.*5"),
-    ({"target_modules": {"up", 5}}, "target_modules.*5"),
-    ({"layers_to_transform": "ab"}, "layers_to_transform.*'ab'"),
-    ({"layers_to_transform": 3.5}, r"layers_to_transform.*3\.5"),
-    ({"layers_to_transform": [None]}, "layers_to_transform.*None"),
-    ({"layers_to_transform": 1, "layers_pattern": ["("]}, r"layers_pattern.*'\('"),
-    ({"sparse": "no"}, "sparse.*'no'"),
-    ({"save_projection": None}, "save_projection.*None"),
-]
-
-
-@pytest.mark.parametrize("values, message", ILL_TYPED, ids=[str(w[0]) for w in ILL_TYPED])
-def test_a_value_of_a_wrong_type_is_refused_by_field_and_value(values, message):
-    with pytest.raises((TypeError, ValueError), match=message):
         RandLoraConfig(**values)
 
 

@@ -139,7 +139,7 @@ def shapes(draw):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

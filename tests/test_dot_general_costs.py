@@ -70,6 +70,17 @@ def test_the_grid_holds_points_where_either_way_is_cheaper():
     assert cheaper == {False, True}
 
 
+@pytest.mark.parametrize(
+    "tokens, sizes", [(358, (512, 512)), (180, (256, 256)), (280, (256, 1024))]
+)
+def test_forward_and_backward_each_take_their_cheaper_way(tokens, sizes):
+    T, d, D, m = sides(tokens, *sizes, 32)
+    forward = 2 * T * d * D + min(2 * T * m * (d + D), 2 * D * m * d)
+    backward = min(2 * T * d * D + 2 * T * m * (2 * d + D), 4 * T * d * D + 4 * D * m * d)
+    assert forward + backward < 0.99 * min(factored(tokens, *sizes, 32), merged(tokens, *sizes, 32))
+    assert flops(tokens, *sizes, 32) <= 1.04 * (forward + backward)
+
+
 @pytest.mark.parametrize("formula", [factored, merged])
 @pytest.mark.parametrize("sizes", [(256, 1024), (1024, 256), (512, 512)], ids=str)
 def test_a_forced_strategy_costs_what_its_formula_says(formula, sizes):

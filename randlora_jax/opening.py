@@ -1,0 +1,105 @@
+"""Reading an adapter's folder without a base, PEFT's or ours: for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from randlora_jax import bases as bases_lib
+from randlora_jax import checkpoint, kernels
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.peft import files, torch_bases
+from randlora_jax.peft.from_peft import compact
+from randlora_jax.peft.to_peft import dense
+
+PEFT, OURS = "PEFT", "randlora_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An adapter of either kind, read and checked, without a base.
+
+    Attributes:
+      scales: (lambda, gamma) by the name of the layer.
+      bases: None where there is only a seed, and no base to tell their size.
+      stored: whether the bases are in the files.
+      generator: what is known to have drawn the bases; None if nothing is.
+    """
+
+    kind: str
+    folder: pathlib.Path
+    config: RandLoraConfig
+    scales: dict[str, tuple[Any, Any]]
+    bases: dict[str, Any] | None
+    stored: bool
+    generator: str | None
+    content: Any
+
+
+def open_adapter(path: str, adapter_name: str) -> Opened:
+    """Reads an adapter folder, PEFT's or ours.
+
+    Raises:
+      FileNotFoundError: if it is neither.
+      ValueError: if it is damaged.
+    """
+    folder = pathlib.Path(path)
+    if checkpoint.is_adapter(folder):
+        return _open_ours(folder.resolve())
+    folder = files.find(path, adapter_name)
+    adapter = files.read(folder)
+    config, bases, stored = adapter.config, adapter.bases, adapter.bases is not None
+    generator = drawn_by(config, bases) if stored else None
+    bases = compact(bases, config) if stored else None
+    return Opened(PEFT, folder, config, adapter.scales, bases, stored, generator, adapter)
+
+
+def _open_ours(folder: pathlib.Path) -> Opened:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = ocp.args.Composite(
+                adapter=ocp.args.StandardRestore(), metadata=ocp.args.JsonRestore()
+            )
+            read = checkpointer.restore(folder, args=args)
+        content, metadata = read["adapter"], read["metadata"]
+        version, checksums, drawn = (metadata[key] for key in ("format", "checksums", "bases"))
+        config = RandLoraConfig.from_dict(metadata["config"])
+    # Whatever a damaged file makes Orbax and its parsers raise, it means the same to the user.
+    except Exception as error:
+        raise ValueError(f"{folder} is cut short or altered: {error}") from error
+    if version != checkpoint.FORMAT:
+        raise ValueError(f"{folder} has format {version!r}, this reads {checkpoint.FORMAT}")
+    if checkpoint._fingerprints(content) != checksums:
+        raise ValueError(f"{folder} is cut short or altered: it is not what was saved")
+    bases = content.get("randlora_bases")
+    stored = bases is not None
+    if not stored:
+        bases = checkpoint._draw_again(config, drawn)
+        if checkpoint._fingerprints(bases) != drawn["fingerprint"]:
+            raise ValueError(
+                f"{folder}: projection_prng_key={config.projection_prng_key} draws "
+                f"other bases now (it was saved with {drawn['generator']})"
+            )
+    scales = {".".join(path): pair for path, pair in kernels.pairs(content["randlora"])}
+    generator = drawn_by(config, dense({"randlora_bases": bases}))
+    return Opened(OURS, folder, config, scales, bases, stored, generator, content)
+
+
+def drawn_by(config: RandLoraConfig, bases: dict[str, np.ndarray]) -> str | None:
+    """Which generator draws exactly these bases, float32, from the config's seed."""
+    A, B = (bases[name] for name in files.BASES)
+    sizes = B.shape[0], A.shape[2]
+    same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in files.BASES)
+    if same(dense({"randlora_bases": bases_lib.draw(config, *sizes)})):
+        return f"jax, {bases_lib.GENERATOR}"
+    drawn = torch_bases.draw(config, *sizes)
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):  # a base's dtype can round them
+        if same({n: a.astype(dtype).astype(np.float32) for n, a in drawn.items()}):
+            rounded = "" if dtype is np.float32 else f", rounded to {np.dtype(dtype)}"
+            return f"torch >= 2.12{rounded}"
+    return None

@@ -1,0 +1,177 @@
+"""The config's words on both sides: PEFT's JSON, and targets by torch's or by Flax's names."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from randlora_jax import adapters, targets
+from randlora_jax.config import ALL_LINEAR, RandLoraConfig
+from randlora_jax.peft.torch_names import NameOf, Names, Shapes, inverse, kernel_at, place
+
+
+def read(path: pathlib.Path) -> RandLoraConfig:
+    """Reads `adapter_config.json`.
+
+    Raises:
+      ValueError: if it is no JSON, of another method, or holds what can't work.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, got a {type(values).__name__}")
+    # What PEFT accepts and takes no notice of, and what it decides where two are set.
+    moot = {}
+    target, layers = values.get("target_modules"), values.get("layers_to_transform")
+    regex = isinstance(target, str) and target.lower() != ALL_LINEAR
+    if layers is not None and (layers == [] or regex):
+        moot["layers_to_transform"] = layers = None
+    if layers is None and values.get("layers_pattern") is not None:
+        moot["layers_pattern"] = None
+    if values.get("sparse") and values.get("very_sparse"):
+        moot["sparse"] = False
+    if moot:
+        warnings.warn(f"{path}: PEFT takes no notice of {sorted(moot)} here", stacklevel=4)
+    try:
+        return RandLoraConfig.from_dict(values | moot)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def values(config: RandLoraConfig) -> dict[str, Any]:
+    """The content of `adapter_config.json`."""
+    result = config.to_dict()
+    if not -(2**63) <= config.projection_prng_key < 2**64:  # what torch takes for a seed
+        result["projection_prng_key"] &= 0xFFFFFFFF
+    return result
+
+
+def matches(config: RandLoraConfig, name: str) -> bool:
+    """Whether PEFT takes the module for a target; unlike `targets`, by PEFT's count of layers."""
+    if targets.is_saved_whole(config, name) or not targets.hits(config.target_modules or (), name):
+        return False
+    layers = config.layers_to_transform
+    if layers is None or isinstance(config.target_modules, str) or name in config.target_modules:
+        return True
+    if config.layers_pattern:
+        patterns = config.layers_pattern
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+        found = next((f for f in found if f), None)
+    else:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return found is not None and int(found[1]) in targets.layer_indices(config)
+
+
+def check_complete(
+    config: RandLoraConfig, given: Collection[str], found: Mapping, shapes: Shapes, name_map: Names
+) -> None:
+    """Raises a ValueError for a module that the config means and that is not among those given."""
+    for name in _candidates(given, found, shapes, name_map):
+        if name in given or not matches(config, name):
+            continue
+        try:
+            path, index = place(name_map, name)
+        except ValueError:
+            continue
+        where = kernel_at(path)[1]
+        if where in shapes and (index is None or index < shapes[where][0]):
+            raise ValueError(f"it lacks the scales of {name!r}, one of its config's targets")
+
+
+def _candidates(given, found, shapes, name_map) -> Iterator[str]:
+    """Names of modules that could be targets: of all kernels, or those like the given ones."""
+    back = inverse(name_map)
+    if back is not None:
+        yield from names_of_kernels(shapes, back)
+        return
+    # A function has no way back: the same names with another layer's number.
+    seen = [int(part) for name in given for part in name.split(".") if part.isdigit()]
+    numbers = range(max([*seen, *(one.length - 1 for one in found.values())], default=0) + 2)
+    for name in given:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            for number in numbers if part.isdigit() else ():
+                yield ".".join((*parts[:i], str(number), *parts[i + 1 :]))
+
+
+def names_of_kernels(shapes: Shapes, name_of: NameOf) -> Iterator[str]:
+    """Torch's names of the modules of all kernels, a stack's one by one."""
+    for where, shape in shapes.items():
+        if where[-1] == "kernel":
+            indices = (None, *range(shape[0] if len(shape) > 2 else 0))
+            yield from filter(None, (name_of(where[:-1], index) for index in indices))
+
+
+def in_flax(config: RandLoraConfig, found: Mapping, shapes: Shapes) -> RandLoraConfig:
+    """The config, in Flax's names if in those it would mean other modules."""
+    if _means(config, found, shapes):
+        return config
+    cut = {one.rows for one in found.values() if one.rows and len(one.rows) < one.length}
+    here = config.replace(
+        target_modules=sorted({targets.name_of(one.where[:-1]) for one in found.values()}),
+        layers_to_transform=next(iter(cut), None),
+        layers_pattern=None,
+    )
+    if not _means(here, found, shapes):
+        raise ValueError(
+            "it adapts some layers of a stack that no layers_to_transform can tell: the layers "
+            f"{sorted(cut)}, and of other stacks or modules not the same"
+        )
+    warnings.warn(
+        f"by the names here target_modules={config.target_modules!r} would mean other modules: the "
+        f"config returned has target_modules={here.target_modules!r} and layers_to_transform="
+        f"{here.layers_to_transform!r}",
+        stacklevel=6,
+    )
+    return here
+
+
+def _means(config, found, shapes) -> bool:
+    """Whether a config means exactly the kernels that were found."""
+    for path, one in found.items():
+        wanted = targets.wanted(config, targets.name_of(one.where[:-1]))
+        rows = adapters.rows(config, path) if wanted is None else None
+        everything = rows is None or rows == tuple(range(one.length))
+        if wanted is False or (one.rows is None and wanted is None):
+            return False
+        if one.rows is not None and one.rows != (tuple(range(one.length)) if everything else rows):
+            return False
+    others = (p[:-1] for p in shapes if p[-1] == "kernel" and p[:-1] not in found)
+    return not any(targets.wanted(config, targets.name_of(other)) for other in others)
+
+
+def in_torch(
+    config: RandLoraConfig,
+    scales: Collection[str],
+    others: Collection[tuple[str, str]],
+    shapes: Shapes,
+    name_of: NameOf,
+) -> RandLoraConfig:
+    """The config, in torch's names where PEFT would else read it otherwise, or not at all.
+
+    Args:
+      scales, others: the adapter's modules, and its (module, name) of what else was trained.
+    """
+    names = {*scales, *names_of_kernels(shapes, name_of)}
+    same = {name for name in names if matches(config, name)} == set(scales)
+    if not same or config.all_linear or config.exclude_modules is not None:
+        config = config.replace(
+            target_modules=sorted(scales),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    everywhere = config.bias == "all"
+    here = config.bias == "randlora_only"
+    is_bias = lambda module, leaf: leaf == "bias" and (everywhere or (here and module in scales))
+    whole = {module for module, leaf in others if not is_bias(module, leaf)}
+    if not all(targets.is_saved_whole(config, module) for module in whole):
+        config = config.replace(modules_to_save=sorted(whole))
+    return config.replace(save_projection=True)

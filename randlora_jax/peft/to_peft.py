@@ -1,0 +1,108 @@
+"""From a Flax tree to PEFT's modules: names, rows of stacks, weights, and the config's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import numpy as np
+
+from randlora_jax import adapters, kernels, targets, trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.peft import configs
+from randlora_jax.peft.files import BASES, Adapter
+from randlora_jax.peft.torch_names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
+from randlora_jax.training import split
+
+
+def adapter_of(
+    variables: trees.Tree,
+    config: RandLoraConfig,
+    name_map: Names,
+    stacks: Mapping[trees.Path, tuple[int, ...]] | None = None,
+) -> Adapter:
+    """What PEFT would save.
+
+    Args:
+      variables: with "randlora", "randlora_bases", and of "params" what was trained at least.
+      stacks: the axes that stack scales, by their path; the first, where they aren't given.
+
+    Raises:
+      ValueError: for what has no name, or no form, in torch.
+    """
+    name_of = inverse(name_map)
+    if name_of is None:
+        raise ValueError(
+            "name_map is a function, which can't be asked for the name of a place: give the "
+            "mapping {name: name_map(name) for name in names}, with the torch model's "
+            "named_modules() for names, or module_names(folder) of an adapter"
+        )
+    scales, adapted = {}, {}
+    for path, pair in kernels.pairs(variables["randlora"]):
+        arrays = [np.asarray(nn.unbox(leaf)) for leaf in pair]
+        axes = (0,) * (arrays[0].ndim - 2) if stacks is None else stacks[path]
+        if len(axes) > 1:
+            raise ValueError(f"{'.'.join(path)!r} is a stack of stacks, which has no PEFT name")
+        rows: tuple[int | None, ...] = (None,)
+        if axes:
+            arrays = [np.moveaxis(array, axes[0], 0) for array in arrays]
+            rows = adapters.rows(config, path) or tuple(range(arrays[0].shape[0]))
+        for i, row in enumerate(rows):
+            name = _name(name_of, path, row)
+            scales[name] = tuple(_as_float(array[i] if axes else array) for array in arrays)
+        adapted[kernel_at(path)[1][:-1]] = rows
+    others = _others(variables, config, name_of, adapted)
+    params = trees.items(variables.get("params", {}))
+    shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
+    config = configs.in_torch(config, scales, others, shapes, name_of)
+    return Adapter(config, scales, dense(variables), others)
+
+
+def dense(variables: trees.Tree) -> dict[str, np.ndarray]:
+    """The bases in float32; ternary ones as their sign times their size."""
+    bases = variables["randlora_bases"]
+    arrays = {name: np.asarray(bases[name]) for name in BASES}
+    if "randlora_scale" in bases:
+        sizes = np.asarray(bases["randlora_scale"], np.float32)
+        arrays = {
+            n: a.astype(np.float32) * s for (n, a), s in zip(arrays.items(), sizes, strict=True)
+        }
+    return {name: _as_float(array) for name, array in arrays.items()}
+
+
+def _as_float(array: np.ndarray) -> np.ndarray:
+    """In float32, to which narrower numbers are exact; float64 stays."""
+    return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+
+
+def _name(name_of: NameOf, path: trees.Path, row: int | None) -> str:
+    name = name_of(path, row)
+    if name is None or (kernels.parse_label(path)[1] and name == ".".join(path)):
+        layer = "" if row is None else f", layer {row}"
+        raise ValueError(f"name_map has no module of PEFT's for {'.'.join(path)!r}{layer}")
+    return name
+
+
+def _others(variables, config, name_of, adapted):
+    """Biases and modules_to_save by (module, torch's name)."""
+    found = {}
+    trained = dict(trees.items(split(variables, config)[0].get("params", {})))
+    for path, leaf in trained.items():
+        value, module = np.asarray(nn.unbox(leaf)), path[:-1]
+        rows = (None,)
+        if name_of(module, None) is None and value.ndim:
+            rows = tuple(range(value.shape[0]))
+            if config.bias == "randlora_only" and not _saved_whole(config, module):
+                rows = adapted[module]
+        bias = trained.get((*module, "bias"))
+        outputs = None if bias is None else nn.unbox(bias).ndim - (rows != (None,))
+        for row in rows:
+            part = value if row is None else value[row]
+            name = _name(name_of, module, row)
+            part = to_torch(part, path, outputs, config.fan_in_fan_out)
+            found[name, leaf_of(path)] = part
+    return found
+
+
+def _saved_whole(config, path) -> bool:
+    return targets.is_saved_whole(config, targets.name_of(path))

@@ -1,0 +1,193 @@
+"""From a torch module's name to a place in a Flax tree and back, and from weight to kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from randlora_jax import trees
+from randlora_jax.kernels import parse_label
+
+Place = tuple[trees.Path, int | None]  # a module's path, and its number where layers are stacked
+Names = Callable[[str], Any] | Mapping[str, Any] | None
+NameOf = Callable[[trees.Path, int | None], str | None]  # the way back, from a place
+Shapes = Mapping[trees.Path, tuple[int, ...]]  # of the base's parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    """Renames modules by their first parts, in both directions; the first pair that fits counts.
+
+    Attributes:
+      prefixes: (torch's, Flax's) pairs of dotted prefixes. `{}` in torch's stands for the number of
+        a layer in a stack, whose kernels have a leading axis in Flax.
+
+    Example:
+      >>> name_map = NameMap((("transformer.h.{}", "blocks"), ("transformer", "")))
+      >>> name_map("transformer.h.3.mlp.c_fc"), name_map("transformer.wte")
+      ((('blocks', 'mlp', 'c_fc'), 3), ('wte',))
+      >>> name_map.inverse(("blocks", "mlp", "c_fc"), 3)
+      'transformer.h.3.mlp.c_fc'
+    """
+
+    prefixes: tuple[tuple[str, str], ...]
+
+    def __call__(self, name: str) -> trees.Path | Place | None:
+        for theirs, ours in self.prefixes:
+            pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)") + (r"(?:\.|$)" if theirs else "")
+            found = re.match(pattern, name)
+            if found:
+                path = (*_parts(ours), *_parts(name[found.end() :]))
+                return (path, int(found[1])) if found.groups() else path
+        return None
+
+    def inverse(self, path: trees.Path, index: int | None = None) -> str | None:
+        """The name of the module at a place, None if the place has none."""
+        for theirs, ours in self.prefixes:
+            head = _parts(ours)
+            if path[: len(head)] == head:
+                if ("{}" in theirs) != (index is not None):
+                    return None
+                return ".".join((*_parts(theirs.format(index)), *path[len(head) :]))
+        return None
+
+
+llama_name_map = NameMap(
+    (("model.layers.{}", "layers"), ("lm_head", "lm_head"), ("score", "score"), ("model", ""))
+)
+"""Hugging Face's names of a Llama onto a Flax one with `nn.scan`, that of `examples/smollm2.py`."""
+
+
+def place(name_map: Names, name: str) -> Place:
+    """Where a module is in `params`.
+
+    Raises:
+      ValueError: if the map has no place for it, or gives something else.
+    """
+    if name_map is None:
+        value = name
+    elif isinstance(name_map, Mapping):
+        value = name_map.get(name)
+    else:
+        try:
+            value = name_map(name)
+        except KeyError:
+            value = None
+    if value is None:
+        raise ValueError(f"name_map has no place for {name!r}: the adapter is of another model")
+    path, index = value, None
+    if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[1], "__index__"):
+        path, index = value[0], int(value[1])
+    path = _parts(path) if isinstance(path, str) else path
+    good = isinstance(path, (tuple, list)) and all(isinstance(part, str) for part in path)
+    if not good or any(not part or re.search(r"[/\\\0]", part) for part in path):
+        raise ValueError(
+            f"name_map gives {value!r} for {name!r}: wanted a dotted path, a tuple of its parts, "
+            "or (path, index) where layers are stacked"
+        )
+    if index is not None and index < 0:
+        raise ValueError(f"name_map gives the index {index} for {name!r}: it counts from 0")
+    return tuple(path), index
+
+
+def inverse(name_map: Names) -> NameOf | None:
+    """The way back of a map, from a place to a name; None for a function that has no `inverse`."""
+    if name_map is None:
+        return lambda path, index: ".".join(path) if index is None else None
+    if isinstance(name_map, Mapping):
+        names: dict[Place, str] = {}
+        for name in name_map:
+            path, index = place(name_map, name)
+            scales, where, _ = kernel_at(path)
+            for key in {path, scales, where[:-1]}:
+                if names.setdefault((key, index), name) != name and key in (path, scales):
+                    other = names[key, index]
+                    raise ValueError(f"name_map gives one place for {other!r} and for {name!r}")
+        return lambda path, index: names.get((path, index))
+    return getattr(name_map, "inverse", None)
+
+
+def kernel_at(path: trees.Path) -> tuple[trees.Path, trees.Path, tuple[int, ...] | None]:
+    """(path of the scales, path of the kernel, its input axes if the path says them)."""
+    where, axes = parse_label(path)
+    if axes and where[-1] == "kernel" and axes == tuple(range(len(axes))):
+        return where[:-1], where, axes  # such scales sit beside their kernel, without a label
+    return path, where, axes
+
+
+def leaf_at(module: trees.Path, leaf: str, shapes: Shapes) -> trees.Path:
+    """The parameter that torch calls `leaf`: a weight is a kernel, an embedding or a scale."""
+    names = (*_WEIGHTS, leaf) if leaf == "weight" else (leaf,)
+    return next((p for n in names if (p := (*module, n)) in shapes), (*module, names[0]))
+
+
+def leaf_of(path: trees.Path) -> str:
+    """The inverse of `leaf_at`: torch's name of a Flax parameter."""
+    return "weight" if path[-1] in _WEIGHTS else path[-1]
+
+
+_WEIGHTS = ("kernel", "embedding", "scale")
+
+
+def from_torch(value: np.ndarray, path: trees.Path, shape: tuple[int, ...], conv1d: bool):
+    """A torch parameter in the shape of the Flax one at `path`.
+
+    Args:
+      conv1d: whether the weight may be transformers' Conv1D's, (in, out), in place of nn.Linear's.
+
+    Raises:
+      ValueError: if it does not fit, or if a square weight could be either.
+    """
+    if path[-1] == "kernel" and value.ndim == 2:
+        for k in range(1, len(shape)):
+            sides = math.prod(shape[:k]), math.prod(shape[k:])
+            if value.shape == sides[::-1]:
+                _refuse_square(path, sides, conv1d)
+                return value.T.reshape(shape)
+            if conv1d and value.shape == sides:
+                return value.reshape(shape)
+    elif value.shape == shape or (value.ndim == 1 and value.size == math.prod(shape)):
+        return value.reshape(shape)
+    raise ValueError(
+        f"it has {value.shape} for {'.'.join(path)!r} of {shape}: it is of another model"
+    )
+
+
+def to_torch(value: np.ndarray, path: trees.Path, outputs: int | None, conv1d: bool):
+    """The inverse of `from_torch`; kernels become nn.Linear's weights, (out, in).
+
+    Args:
+      outputs: how many axes of a kernel are outputs, None where only its two axes tell.
+
+    Raises:
+      ValueError: where that is not known, or a square weight could be Conv1D's.
+    """
+    if path[-1] == "kernel":
+        outputs = 1 if value.ndim == 2 else outputs
+        if not outputs:
+            raise ValueError(
+                f"{'.'.join(path)!r} is a kernel of {value.shape} without a bias, which does not "
+                "tell its inputs from its outputs: leave it out of modules_to_save"
+            )
+        sides = math.prod(value.shape[:-outputs]), math.prod(value.shape[-outputs:])
+        _refuse_square(path, sides, conv1d)
+        return value.reshape(sides).T
+    return value.reshape(-1) if path[-1] in ("bias", "scale") else value
+
+
+def _refuse_square(path, sides, conv1d):
+    if conv1d and sides[0] == sides[1]:
+        raise ValueError(
+            f"with fan_in_fan_out=True the weight of {'.'.join(path)!r}, {sides}, may be that of "
+            "an nn.Linear or of a Conv1D, its transpose, and nothing tells: leave it out of "
+            "modules_to_save"
+        )
+
+
+def _parts(name: str) -> trees.Path:
+    return tuple(name.split(".")) if name else ()

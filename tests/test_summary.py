@@ -1,0 +1,81 @@
+"""The summary's numbers against a count by hand."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import randlora_jax as rl
+from randlora_jax.linen import RandLora
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(13, name="up")(x))
+        return nn.Dense(5, name="down")(x)
+
+
+def describe(shapes=False, **values):
+    config = rl.RandLoraConfig(**{"r": 3, "target_modules": ["up", "down"], **values})
+    model, x = RandLora(MLP(), config), jnp.ones((2, 7))
+    init = (lambda *args: jax.eval_shape(model.init, *args)) if shapes else model.init
+    return rl.summary(init(jax.random.key(0), x), config)
+
+
+def row(text, name):
+    """The cells of the line that begins with `name`."""
+    (line,) = (line for line in text.splitlines() if line.startswith(name + "  "))
+    return re.split(r"  +", line)
+
+
+def test_each_adapted_layer_has_its_shapes_and_count():
+    text = describe()
+    # up: n = ceil(7 / 3) = 3, 3 * 3 + 3 * 7 = 30; down: n = ceil(5 / 3) = 2, 3 * 2 + 2 * 5 = 16
+    assert row(text, "up") == ["up", "(7, 13)", "(3, 3)", "(3, 7)", "30"]
+    assert row(text, "down") == ["down", "(13, 5)", "(3, 2)", "(2, 5)", "16"]
+
+
+def test_a_layer_that_is_no_target_is_not_listed():
+    with pytest.raises(ValueError, match="unpack"):
+        row(describe(target_modules=["up"]), "down")
+
+
+# The base has 7 * 13 + 13 + 13 * 5 + 5 = 174 parameters.
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({}, "46 of 220 (20.91 %)"),
+        ({"target_modules": ["up"]}, "30 of 204 (14.71 %)"),
+        ({"bias": "all"}, "64 of 220 (29.09 %)"),
+        ({"target_modules": ["up"], "bias": "randlora_only"}, "43 of 204 (21.08 %)"),
+        ({"target_modules": ["up"], "modules_to_save": ["down"]}, "100 of 204 (49.02 %)"),
+    ],
+    ids=str,
+)
+def test_parameters_are_counted_once(values, expected):
+    assert row(describe(**values), "trainable parameters")[1] == expected
+
+
+# Largest (in, out) is (13, 13): A is (3, 1, 13) and B is (13, 5, 3), 39 + 195 = 234 numbers.
+@pytest.mark.parametrize(
+    "values, expected", [({}, "936 B"), ({"sparse": True}, "242 B"), ({"r": 20}, "2.08 kB")]
+)
+def test_bases_are_counted_once_for_all_layers(values, expected):
+    # r = 20: A is (20, 1, 13) and B is (13, 1, 20), 520 numbers.
+    assert row(describe(**values), "bases")[1].startswith(expected + ",")
+
+
+def test_a_checkpoint_is_what_trains_and_the_bases():
+    assert row(describe(), "checkpoint")[1].startswith("1.12 kB")  # 46 * 4 + 936 bytes
+
+
+def test_a_checkpoint_without_bases_is_what_trains():
+    (size,) = re.findall(r"checkpoint +([\d.]+ k?B)", describe(save_projection=False))
+    assert size == "184 B"
+
+
+def test_shapes_alone_give_the_same_text():
+    assert describe(shapes=True, bias="all") == describe(bias="all")
