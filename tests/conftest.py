@@ -14,9 +14,10 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What runs PEFT itself needs the extra `parity`; the golden files stand in for it elsewhere.
-if not all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers")):
-    collect_ignore = ["parity"]
+# What runs PEFT itself, and the example's model, needs the extras `parity` and `examples`; golden
+# files that PEFT made stand in for it elsewhere.
+PEERS = ("torch", "peft", "transformers", "gguf", "tokenizers")
+collect_ignore = [] if all(map(importlib.util.find_spec, PEERS)) else ["parity"]
 collect_ignore_glob = ["golden/*.py"]
 
 
