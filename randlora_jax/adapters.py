@@ -113,6 +113,27 @@ def insert(
     return {**variables, "randlora": scales, "randlora_bases": dict(large)}, configs
 
 
+def initial_scales(
+    config: RandLoraConfig, found: Mapping[trees.Path, Kernel], shapes: trees.Tree
+) -> dict[str, Any]:
+    """PEFT's start: lambda 0 and gamma 1 / max of its shape; or lambda normal, gamma 1 / max."""
+
+    def start(path, leaf):
+        kernel = found[path[:-1]]
+        struct = nn.unbox(leaf)
+        if path[-1] == SCALES[1]:
+            sides = kernel.scale_shapes(config.r)[1] if config.init_weights else kernel.sides
+            value = jnp.full(struct.shape, 1 / max(sides), struct.dtype)
+        elif config.init_weights:
+            value = jnp.zeros(struct.shape, struct.dtype)
+        else:
+            key = trees.key_of(config.projection_prng_key, path)
+            value = jax.random.normal(key, struct.shape, struct.dtype)
+        return nn.meta.replace_boxed(leaf, value)
+
+    return trees.map_with_path(start, shapes)
+
+
 def cut_stacks(found: dict[trees.Path, Kernel], shapes: trees.Tree, config: RandLoraConfig):
     """Drops from traced scales the layers of stacks that `layers_to_transform` leaves out.
 

@@ -18,6 +18,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # files that PEFT made stand in for it elsewhere.
 PEERS = ("torch", "peft", "transformers", "gguf", "tokenizers")
 collect_ignore = [] if all(map(importlib.util.find_spec, PEERS)) else ["parity"]
+# And tunix's own model the extra `tunix`.
+collect_ignore += [] if importlib.util.find_spec("tunix") else ["peers"]
 collect_ignore_glob = ["golden/*.py"]
 
 

@@ -75,6 +75,7 @@ class Discover:
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
+        _refuse_jit(module)
         y = next_fun(*args, **kwargs)
         if context.method_name != "__call__":
             return y
@@ -104,6 +105,15 @@ class Discover:
             module.scope.variable("params", key, lambda value=value: value)
 
 
+def _refuse_jit(module):
+    """Raises a ValueError for `nn.jit` within the model: it would keep the bases of one call."""
+    if type(module).__module__ == nn.transforms.__name__ and type(module).__name__[:3] == "Jit":
+        raise ValueError(
+            f"{type(module).__name__} is a layer under nn.jit, which remembers how it was called "
+            "first: put jax.jit around apply instead"
+        )
+
+
 def _boxed(box, kernel: Kernel, scale: str, value):
     """The scales in a box like the kernel's: gamma has the axis name of the side it scales."""
     if not isinstance(box, nn.Partitioned):
@@ -120,25 +130,25 @@ class Adapt:
 
     Attributes:
       adapters: (config, suffix of the scales' names) of each active adapter.
-      depth: length of the base's own path.
+      depth: length of the base's own path, where it is within another module.
     """
 
     def __init__(
         self,
         adapters: Sequence[tuple[RandLoraConfig, str]],
         parameters: Parameters,
-        depth: int,
         bases: Bases,
         deterministic: bool,
         strategy: Strategy,
     ):
-        self.adapters, self.parameters, self.depth = adapters, parameters, depth
+        self.adapters, self.parameters, self.depth = adapters, parameters, 0
         self.bases, self.deterministic, self.strategy = bases, deterministic, strategy
         self.within = False
         self.entered: set[trees.Path] = set()
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
+        _refuse_jit(module)
         if self.within or context.method_name != "__call__" or module.path in self.entered:
             return next_fun(*args, **kwargs)
         name = targets.name_of(module.path[self.depth :])

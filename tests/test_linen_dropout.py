@@ -1,0 +1,162 @@
+"""The adapter's dropout: when it is on, what it draws, and what it acts on."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.errors import InvalidRngError
+
+from randlora_jax import RandLoraConfig
+from randlora_jax.linen import RandLora
+from tests.linen_cases import as_numpy, assert_close, assert_same_bits, normal, randomised
+from tests.linen_models import Block, Dropped, GemmaEinsum
+
+X = normal(0, 4, 5)
+RATE = 0.3
+RNGS = {"dropout": jax.random.key(2)}
+CONFIG = RandLoraConfig(r=3, randlora_alpha=2.0, target_modules="all-linear", randlora_dropout=RATE)
+
+
+@functools.cache
+def trained(base=None):
+    """A model with dropout on its adapter, and variables whose update is not zero."""
+    model = RandLora(base or nn.Dense(7), CONFIG)
+    variables = model.init(jax.random.key(0), X)
+    return model, {**variables, "randlora": randomised(variables["randlora"])}
+
+
+def test_deterministic_in_the_call_switches_it_off():
+    model, variables = trained()
+    y = model.apply(variables, X, deterministic=True)
+    merged = model.base.apply({"params": model.merge(variables)}, X)
+    assert_close(as_numpy(y), as_numpy(merged), 1e-5)
+
+
+def test_deterministic_of_the_wrapper_is_that_of_a_call_without_one():
+    model, variables = trained()
+    off, on = (model.clone(deterministic=d) for d in (True, False))
+    y = off.apply(variables, X)
+    assert_same_bits(y, model.apply(variables, X, deterministic=True))
+    assert_same_bits(on.apply(variables, X, deterministic=True), y)
+    noisy = on.apply(variables, X, rngs=RNGS)
+    assert_same_bits(noisy, model.apply(variables, X, deterministic=False, rngs=RNGS))
+    assert not np.allclose(noisy, y)
+
+
+def test_a_base_that_takes_deterministic_itself_is_given_it():
+    model = RandLora(Dropped(), CONFIG)
+    variables = model.init({"params": jax.random.key(0), **RNGS}, X)
+    for args, kwargs in (((X, True), {}), ((X,), {"deterministic": True})):
+        y = model.apply(variables, *args, **kwargs)
+        assert_same_bits(y, Dropped().apply({"params": variables["params"]}, X, True))
+
+
+def test_no_word_on_deterministic_raises():
+    model, variables = trained()
+    with pytest.raises(ValueError, match=r"randlora_dropout=0\.3 needs deterministic"):
+        model.apply(variables, X)
+
+
+def test_a_missing_rng_raises_the_error_of_flax():
+    model, variables = trained()
+    with pytest.raises(InvalidRngError, match='needs PRNG for "dropout"'):
+        model.apply(variables, X, deterministic=False)
+
+
+def test_one_key_draws_one_mask_and_another_key_another():
+    model, variables = trained()
+    call = lambda seed: model.apply(
+        variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    )
+    assert_same_bits(call(3), call(3))
+    assert not np.allclose(call(3), call(4))
+
+
+def test_it_acts_on_the_adapters_input_alone():
+    model, variables = trained()
+    x = jnp.eye(5) + 1  # no zeros
+    y = model.apply(variables, x, deterministic=False, rngs=RNGS)
+    W = as_numpy(variables["params"]["kernel"])
+    update = as_numpy(model.merge(variables)["kernel"]) - W
+    noise = as_numpy(y) - as_numpy(x) @ W - as_numpy(variables["params"]["bias"])
+    dropped = np.linalg.lstsq(update.T, noise.T)[0].T  # what the adapter saw: (tokens, in)
+    ratio = dropped / as_numpy(x)
+    kept = np.abs(ratio - 1 / (1 - RATE)) < 1e-3
+    assert (kept | (np.abs(ratio) < 1e-3)).all()
+    assert 0 < kept.sum() < kept.size
+
+
+@pytest.mark.parametrize("kind", ["dot_general", "kernel"])
+def test_its_expectation_is_the_output_without_it(kind):
+    if kind == "dot_general":
+        model, variables = trained()
+        args = (X,)
+    else:  # a layer that is reached by its kernel
+        model = RandLora(GemmaEinsum((5, 7)), CONFIG)
+        args = ("bd,dh->bh", X)
+        variables = model.init(jax.random.key(0), *args)
+        variables = {**variables, "randlora": randomised(variables["randlora"])}
+    draw = lambda key: model.apply(variables, *args, deterministic=False, rngs={"dropout": key})
+    draws = as_numpy(jax.vmap(draw)(jax.random.split(jax.random.key(6), 2000)))
+    expected = as_numpy(model.apply(variables, *args, deterministic=True))
+    error = np.abs(draws.mean(0) - expected)
+    assert (error < 5 * draws.std(0) / np.sqrt(len(draws))).all()
+    assert draws.std(0).min() > 1e-3
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+        return carry, nn.Dense(7, name="layer")(x)
+
+
+class Beside(nn.Module):
+    """Layers of one stack on the same input, beside one another."""
+
+    @nn.compact
+    def __call__(self, x):
+        split = {"params": True, "dropout": True}
+        lifted = nn.scan(
+            Layer, variable_axes={"params": 0}, split_rngs=split, in_axes=nn.broadcast, length=2
+        )
+        return lifted(name="stack")(None, x)[1]
+
+
+def test_layers_of_a_stack_draw_masks_of_their_own():
+    model, variables = trained(Beside())
+    copied = jax.tree.map(lambda a: jnp.stack([a[0]] * 2), variables["params"]["stack"])
+    scales = jax.tree.map(lambda a: jnp.stack([a[0]] * 2), variables["randlora"]["stack"])
+    variables = {**variables, "params": {"stack": copied}, "randlora": {"stack": scales}}
+    same = model.apply(variables, X, deterministic=True)
+    assert_same_bits(same[0], same[1])
+    y = model.apply(variables, X, deterministic=False, rngs=RNGS)
+    assert not np.allclose(y[0], y[1])
+
+
+def test_a_raw_parameter_has_no_input_to_drop_and_says_so():
+    config = RandLoraConfig(r=3, target_modules=["up"], randlora_dropout=RATE)
+
+    class Raw(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("weight", nn.initializers.normal(), (5, 7))
+
+    class Holds(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Raw(name="raw")(nn.Dense(5, name="up")(x))
+
+    model = RandLora(Holds(), config, parameters={"raw.weight": (0,)})
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"no input to act on at the raw parameter 'raw.weight'"):
+        model.apply(variables, X, deterministic=False, rngs=RNGS)
+
+
+def test_without_it_no_key_is_drawn_from_the_bases_streams():
+    plain = RandLora(Block(), RandLoraConfig(r=3, target_modules="all-linear"))
+    variables = plain.init(jax.random.key(0), X)
+    jaxpr = str(jax.make_jaxpr(lambda v: plain.apply(v, X, rngs=RNGS))(variables))
+    assert "random" not in jaxpr and "threefry" not in jaxpr
