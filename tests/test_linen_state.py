@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
@@ -22,7 +21,6 @@ from tests.linen_models import (
     PLAIN,
     Block,
     Dropped,
-    Holds,
     Normalised,
     Scan,
     Setup,
@@ -136,84 +134,6 @@ def test_an_unknown_method_raises_and_names_it():
     model, variables, _ = both(Setup(), X)
     with pytest.raises(ValueError, match="method='enocde' is none of Setup's methods"):
         model.apply(variables, X, method="enocde")
-
-
-# Names and parents
-
-
-class TakesNames(nn.Module):
-    """Submodules with the names of the wrapper's own attributes."""
-
-    def setup(self):
-        self.base, self.config = nn.Dense(7), nn.Dense(5)
-
-    def __call__(self, x):
-        return self.config(nn.tanh(self.base(x)))
-
-
-@pytest.mark.parametrize(
-    "base", [TakesNames(), Holds(Holds(nn.Dense(7)))], ids=["wrapper's names", "attributes"]
-)
-def test_initial_values_are_the_bases_whatever_its_submodules_are_called(base):
-    _, variables, base_variables = both(base, X)
-    assert_same_bits(variables["params"], base_variables["params"])
-
-
-class Parent(nn.Module):
-    """`Block` as a submodule, adapted or not, beside a layer that is not adapted."""
-
-    adapted: bool
-
-    @nn.compact
-    def __call__(self, x):
-        inner = Block(name="inner")
-        inner = RandLora(inner, CONFIG) if self.adapted else inner
-        return inner(nn.tanh(nn.Dense(5, name="outer")(x)))
-
-
-def test_an_adapted_submodule_leaves_its_parent_as_it_was():
-    parent, plain = Parent(True), Parent(False)
-    variables, base_variables = (m.init(KEYS, X) for m in (parent, plain))
-    assert_same_bits(variables["params"], base_variables["params"])
-    assert set(variables["randlora"]) == set(variables["randlora_bases"]) == {"inner"}
-    assert_same_bits(parent.apply(variables, X), plain.apply(base_variables, X))
-
-
-def test_an_adapted_submodule_computes_with_its_update():
-    parent, plain = Parent(True), Parent(False)
-    trained = train(parent.init(KEYS, X))
-    inner = {name: collection["inner"] for name, collection in trained.items()}
-    merged = {**trained["params"], "inner": RandLora(Block(), CONFIG).merge(inner)}
-    expected = plain.apply({"params": merged}, X)
-    assert_close(as_numpy(parent.apply(trained, X)), as_numpy(expected), 2e-5)
-
-
-class AdaptedStep(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return RandLora(Block(name="block"), CONFIG)(x), None
-
-
-def test_a_scan_over_adapted_submodules_stacks_scales_and_shares_bases():
-    lifted = nn.scan(
-        AdaptedStep,
-        variable_axes={"params": 0, "randlora": 0},
-        variable_broadcast="randlora_bases",
-        split_rngs={"params": True},
-        length=3,
-    )
-    variables = lifted().init(KEYS, X, None)
-    assert variables["randlora"]["block"]["up"]["randlora_lambda"].shape == (3, R, 2)
-    assert variables["randlora_bases"]["block"]["randlora_B"].shape == (7, 3, R)
-
-
-def test_a_model_in_the_nnx_bridge_computes_what_it_computes_in_linen():
-    model = nnx.bridge.ToNNX(RandLora(Block(), CONFIG), rngs=nnx.Rngs(0))
-    nnx.bridge.lazy_init(model, X)
-    plain = nnx.bridge.lazy_init(nnx.bridge.ToNNX(Block(), rngs=nnx.Rngs(0)), X)
-    assert_same_bits(model(X), plain(X))
-    kinds = {v.type.__name__ for _, v in nnx.to_flat_state(nnx.state(model))}
-    assert {"Param", "randlora", "randlora_bases"} <= kinds
 
 
 # Dtypes

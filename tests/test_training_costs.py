@@ -96,3 +96,12 @@ def test_a_step_on_the_split_tree_takes_less_room_by_the_kernels_moments():
     # Results count too: their room serves the gradients before it is written.
     room = lambda way: memory(way).temp_size_in_bytes + memory(way).output_size_in_bytes
     assert room("everything") - room("split") > 2 * KERNEL_BYTES
+
+
+def test_a_map_over_examples_builds_each_update_once():
+    tokens = jax.ShapeDtypeStruct((4, TOKENS, FEATURES), jnp.float32)
+    model = RandLora(Layers(), CONFIG, strategy="merged")
+    whole = lambda variables, x: model.apply(variables, x)
+    mapped = lambda variables, x: jax.vmap(lambda x: model.apply(variables, x))(x)
+    count = lambda f: jax.jit(f).lower(VARIABLES, tokens).compile().cost_analysis()["flops"]
+    assert count(mapped) == pytest.approx(count(whole), rel=0.02)
