@@ -12,8 +12,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from randlora_jax.kernels import wide
 from randlora_jax.partitioning import Division, Factors
@@ -119,6 +121,7 @@ def product_flops(
     return 2 * forward, 2 * backward
 
 
+@jax.custom_jvp
 def after(value, other):
     """The same value to the last bit, but not before `other` is there.
 
@@ -126,10 +129,25 @@ def after(value, other):
     or keep from the forward to the backward pass: an array of a kernel's size for every layer. An
     optimization barrier does not help, since XLA takes it away before it decides on an order.
     """
+    return _after(value, other)
+
+
+after.defjvp(lambda primals, tangents: (after(*primals), tangents[0]))
+
+
+@custom_vmap
+def _after(value, other):
     if other.size == 0:
         return value
     # Nothing is greater than infinity, not even what is no number; but XLA does not know that.
     return value + (other[(0,) * other.ndim] > jnp.inf).astype(value.dtype)
+
+
+@_after.def_vmap
+def _(size, batched, value, other):
+    # One number of all examples will do, so that a value which they share stays one.
+    del size
+    return _after(value, other), batched[0]
 
 
 def factors(A, V, lam, gamma, inputs_are_small, dtype):

@@ -17,7 +17,14 @@ from randlora_jax import adapters, merging, trees
 from randlora_jax import bases as bases_lib
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.dot_general import Strategy
-from randlora_jax.linen.calls import deterministic_of, discover, is_scale, passed_on, unbound
+from randlora_jax.linen.calls import (
+    deterministic_of,
+    discover,
+    is_scale,
+    passed_on,
+    traced_anew,
+    unbound,
+)
 from randlora_jax.linen.interception import Adapt
 
 _ADDED = ("randlora", "randlora_bases")
@@ -68,10 +75,17 @@ class RandLora(nn.Module):
     strategy: Strategy = "auto"
 
     def __post_init__(self):
+        base = self.base
+        # As an attribute of ours it would be adopted: under the name "base", with keys that
+        # depend on it. It is bound as Flax binds an outermost module instead.
+        object.__setattr__(self, "base", None)
         super().__post_init__()
         adapters.check_names(self.config, self.active)
-        if self.scope is not None:
-            nn.share_scope(self, self.base)  # no level of its own in the base's paths
+        if self.scope is not None and base.scope is None:
+            base = base.clone(parent=self.scope, name=base.name or "base")
+        object.__setattr__(self, "base", base)
+        if self.scope is not None and base.scope is not self.scope:
+            nn.share_scope(self, base)  # no level of its own in the base's paths
 
     def apply(self, variables, *args, method=None, mutable=False, **options):
         """`nn.Module.apply` of the base; `method` is one of the base's: a name or a function."""
@@ -83,7 +97,9 @@ class RandLora(nn.Module):
         if interceptor is not None:
             inside["params"] = self._joined(variables)
         with nn.intercept_methods(interceptor or passed_on):
-            result = self.base.apply(inside, *args, method=call, mutable=mutable, **outer, **kwargs)
+            result = self.base.apply(
+                inside, *args, method=traced_anew(call), mutable=mutable, **outer, **kwargs
+            )
         if mutable is False or "params" not in result[1]:
             return result
         params = trees.select(result[1]["params"], lambda path, _: not is_scale(path[-1]))
@@ -124,7 +140,7 @@ class RandLora(nn.Module):
 
         def adapted(base, *args, **kwargs):
             with nn.intercept_methods(interceptor):
-                return call(base, *args, **kwargs)
+                return traced_anew(call)(base, *args, **kwargs)
 
         join = lambda target: {"params": self._joined(target)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)

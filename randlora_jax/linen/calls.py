@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -31,7 +32,9 @@ def discover(base, config, parameters, variables, args, kwargs, method=None, rng
         # key stands in for any other that is missing, and nothing is drawn from it.
         keys = {"params": jax.random.key(0), **(rngs or {})}
         with nn.intercept_methods(seen):
-            return base.init(keys, *args, method=call, mutable=True, **kwargs)["params"]
+            return base.init(keys, *args, method=traced_anew(call), mutable=True, **kwargs)[
+                "params"
+            ]
 
     params = jax.eval_shape(trace, arrays)
     targets.check(config, seen.modules)
@@ -44,6 +47,19 @@ def discover(base, config, parameters, variables, args, kwargs, method=None, rng
     shapes = trees.select(params, lambda path, _: path[-1] in SCALES)
     boxed = any(isinstance(v, nn.meta.AxisMetadata) for _, v in trees.items(variables["params"]))
     return adapters.cut_stacks(seen.found, shapes if boxed else nn.unbox(shapes), config)
+
+
+_calls = itertools.count()
+
+
+def traced_anew(call):
+    """The call with a cache of its own for `nn.jit`, which knows nothing of interceptors."""
+
+    def fresh(module, *args, **kwargs):
+        module.scope.flags = {**module.scope.flags, "randlora": next(_calls)}
+        return call(module, *args, **kwargs)
+
+    return fresh
 
 
 def is_scale(name: str) -> bool:

@@ -72,11 +72,15 @@ class Discover:
         self.config, self.parameters = config, parameters
         self.modules: dict[str, tuple[type, bool]] = {}
         self.found: dict[trees.Path, Kernel] = {}
+        self.normalising: list[str] = []  # what we are within, of the layers that map parameters
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
-        _refuse_jit(module)
+        normalises = isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
+        self.normalising += [type(module).__name__] * normalises
         y = next_fun(*args, **kwargs)
+        if normalises:
+            self.normalising.pop()
         if context.method_name != "__call__":
             return y
         name = targets.name_of(module.path)
@@ -94,6 +98,11 @@ class Discover:
         label = kernel.label
         if (label[0] if label else SCALES[0]) in own:
             return  # a lifted layer was seen inside already, a shared one at its first call
+        if self.normalising:
+            raise ValueError(
+                f"{targets.name_of(module.path)!r} is within a {self.normalising[-1]}, which would "
+                "normalise its scales too: give its name to exclude_modules"
+            )
         self.found[(*module.path, *label)] = kernel
         dtype = wide(kernel.dtype)
         scales = {
@@ -103,15 +112,6 @@ class Discover:
         for key, value in ({label[0]: scales} if label else scales).items():
             # Not scope.param, which would draw a key and so change the base's initial values.
             module.scope.variable("params", key, lambda value=value: value)
-
-
-def _refuse_jit(module):
-    """Raises a ValueError for `nn.jit` within the model: it would keep the bases of one call."""
-    if type(module).__module__ == nn.transforms.__name__ and type(module).__name__[:3] == "Jit":
-        raise ValueError(
-            f"{type(module).__name__} is a layer under nn.jit, which remembers how it was called "
-            "first: put jax.jit around apply instead"
-        )
 
 
 def _boxed(box, kernel: Kernel, scale: str, value):
@@ -148,7 +148,6 @@ class Adapt:
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
-        _refuse_jit(module)
         if self.within or context.method_name != "__call__" or module.path in self.entered:
             return next_fun(*args, **kwargs)
         name = targets.name_of(module.path[self.depth :])
