@@ -49,9 +49,10 @@ def wanted(config: RandLoraConfig, name: str) -> bool | None:
     """
     if not matches(config, name):
         return False
-    # A whole name says which layer it means, as in PEFT.
+    kept = in_layers(config, name)
     by_name = not isinstance(config.target_modules, str) and name in config.target_modules
-    return by_name or in_layers(config, name)
+    # A whole name says which layer it means, as in PEFT, unless it is that of a stack of them.
+    return True if by_name and (kept is False or "." not in name) else kept
 
 
 def in_layers(config: RandLoraConfig, name: str) -> bool | None:
