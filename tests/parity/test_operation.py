@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 
 from randlora_jax import delta_weight
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
 
 
 def update(A, B, lambda_, gamma, *, in_features, out_features, scaling):
