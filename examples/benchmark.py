@@ -126,13 +126,17 @@ def methods(config, params, tokens, rank):
     rest = trees.select(params, lambda path, _: key not in path)
     apply = lambda t, f, x: llama.apply({"params": trees.union(f, t)}, x)
     yield jax_method("frozen base", apply, first, rest, tokens)
-    adapter = rl.RandLoraConfig(r=rank, randlora_alpha=20 * rank, target_modules=PROJECTIONS)
-    for strategy in ("auto", "merged", "factored"):
+    ways = [("auto", {}), ("merged", {}), ("factored", {}), ("auto", {"sparse": True})]
+    for strategy, bases in ways:
+        adapter = rl.RandLoraConfig(
+            r=rank, randlora_alpha=20 * rank, target_modules=PROJECTIONS, **bases
+        )
         model = RandLora(llama, adapter, strategy=strategy)
         variables = model.adapt({"params": params}, tokens)
         trainable, frozen = rl.split(variables, adapter)
         apply = lambda t, f, x, model=model: model.apply(rl.combine(t, f), x)
-        yield jax_method(f"RandLoRA {strategy}", apply, trainable, frozen, tokens)
+        name = "sparse, int8" if bases else strategy
+        yield jax_method(f"RandLoRA {name}", apply, trainable, frozen, tokens)
     if importlib.util.find_spec("qwix"):
         yield qwix_method(llama, params, tokens)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("peft"):

@@ -60,6 +60,11 @@ class Layer(nn.Module):
         return norm(x.astype(jnp.float32)).astype(self.dtype)
 
 
+BLOCK = (
+    128  # rows of scores at once: they stay in a cache, and keys behind all of them are left out
+)
+
+
 class Attention(Layer):
     """Grouped-query attention: (B, T, hidden) and a cache (or None) -> the same."""
 
@@ -78,11 +83,20 @@ class Attention(Layer):
             cache = (k, v)
 
         q = q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_size)
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-        visible = positions[:, None] >= key_positions[None, :]
-        scores = jnp.where(visible[None, None, None], scores * c.head_size**-0.5, -1e30)
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, -1)
+        out = []
+        for start in range(0, t, BLOCK):
+            rows, seen = (
+                slice(start, start + BLOCK),
+                slice(start + BLOCK if cache is None else None),
+            )
+            scores = jnp.einsum(
+                "btkgd,bskd->bkgts", q[:, rows], k[:, seen], preferred_element_type=jnp.float32
+            )
+            visible = positions[rows, None] >= key_positions[None, seen]
+            scores = jnp.where(visible[None, None, None], scores * c.head_size**-0.5, -1e30)
+            weights = nn.softmax(scores, axis=-1).astype(self.dtype)
+            out.append(jnp.einsum("bkgts,bskd->btkgd", weights, v[:, seen]))
+        out = jnp.concatenate(out, axis=1).reshape(b, t, -1)
         return self.dense(c.hidden_size, "o_proj")(out), cache
 
 

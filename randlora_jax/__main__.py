@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from randlora_jax import bases as bases_lib
-from randlora_jax import checkpoint
+from randlora_jax import checkpoint, contents
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.opening import OURS, PEFT, Opened, open_adapter
 from randlora_jax.peft import configs, files
 from randlora_jax.peft.from_peft import from_peft
 from randlora_jax.peft.to_peft import adapter_of
 from randlora_jax.peft.torch_names import llama_name_map
-from randlora_jax.summary import _bytes, _table
+from randlora_jax.summary import readable, table_of
 
 NAMES = {"same": None, "llama": llama_name_map}
 
@@ -37,7 +37,7 @@ def inspect(opened: Opened) -> str:
         count = sum(np.size(array) for array in pair)
         trains += count
         rows.append((name, *(str(np.shape(array)) for array in pair), f"{count:,}"))
-    facts = [("kind", f"{opened.kind}, {_bytes(size)} on disk"), ("r", str(config.r))]
+    facts = [("kind", f"{opened.kind}, {readable(size)} on disk"), ("r", str(config.r))]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name != "r" and value != getattr(defaults, field.name):
@@ -49,13 +49,13 @@ def inspect(opened: Opened) -> str:
     else:
         shapes = [str(np.shape(opened.bases[name])) for name in files.BASES]
         where = "in the file" if opened.stored else "drawn again from the seed"
-        held = _bytes(bases_lib.nbytes(opened.bases))
+        held = readable(bases_lib.nbytes(opened.bases))
         facts.append(("bases", f"{' and '.join(shapes)}, {held}, {where}"))
         facts.append(("drawn by", opened.generator or "unknown: not what the seed draws"))
-        for name, fingerprint in checkpoint._fingerprints(opened.bases).items():
+        for name, fingerprint in contents.fingerprints(opened.bases).items():
             facts.append((f"fingerprint {name}", fingerprint))
-    table = _table([("layer", "lambda", "gamma", "trains"), *rows], right=(3,))
-    return "\n".join([*_table(list(dict(facts).items())), "", *table])
+    table = table_of([("layer", "lambda", "gamma", "trains"), *rows], right=(3,))
+    return "\n".join([*table_of(list(dict(facts).items())), "", *table])
 
 
 def convert(opened: Opened, target: str, names: str, overwrite: bool) -> str:
@@ -72,10 +72,8 @@ def convert(opened: Opened, target: str, names: str, overwrite: bool) -> str:
     adapter = adapter_of(content, opened.config, NAMES[names])
     values = configs.values(adapter.config)
     size = files.write(pathlib.Path(target), adapter, values, overwrite)
-    copies = bases_lib.nbytes(adapter.bases) * len(adapter.scales)
-    return (
-        f"{target}: an adapter of PEFT, {_bytes(size)}, {_bytes(copies)} of it copies of the bases"
-    )
+    copies = readable(bases_lib.nbytes(adapter.bases) * len(adapter.scales))
+    return f"{target}: an adapter of PEFT, {readable(size)}, {copies} of it copies of the bases"
 
 
 def verify(opened: Opened) -> tuple[int, str]:

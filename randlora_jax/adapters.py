@@ -153,6 +153,13 @@ def cut_stacks(found: dict[trees.Path, Kernel], shapes: trees.Tree, config: Rand
         struct = nn.unbox(leaf)
         if struct.ndim == 2:
             continue  # in no stack, and without a number: in no layer, as PEFT sees it
+        one = found[path[:-1]].scale_shapes(config.r)[SCALES.index(path[-1])]
+        if struct.ndim == 3 and struct.shape[1:] != one:
+            raise ValueError(
+                f"layers_to_transform={config.layers_to_transform!r} counts layers along the first "
+                f"axis, and {targets.name_of(path[:-1])!r} is stacked along another: set it to "
+                "None, or the stack's variable_axes to {'params': 0}"
+            )
         if struct.ndim > 3 or layers[-1] >= struct.shape[0]:
             raise ValueError(
                 f"layers_to_transform={config.layers_to_transform!r} does not fit the stack "

@@ -1,25 +1,23 @@
-"""Adapters on disk, through Orbax: the config, the scales, and the bases or how to draw them."""
+"""Adapters on disk, through Orbax: folders of their own, or items of a user's checkpoints."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import dataclasses
+import os
 import uuid
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from randlora_jax import bases as bases_lib
-from randlora_jax import merging, trees
+from randlora_jax import contents, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.training import split
-
-FORMAT = 1
 
 
 def save_adapter(
@@ -32,7 +30,7 @@ def save_adapter(
     """Saves what was trained, its config, and what restores its bases; never the base.
 
     It is written beside `path` and moved there when it is complete: a save that fails or is
-    killed leaves what was there before.
+    killed leaves what was there before. Of several processes, all must call it.
 
     Args:
       path: a new folder, or with `overwrite` one that `save_adapter` made.
@@ -42,6 +40,7 @@ def save_adapter(
 
     Raises:
       FileExistsError: if there is something at `path` and `overwrite` is False.
+      OSError: if it can't be written: no space, no permission.
       ValueError: for `save_projection=False` with bases that the seed does not draw.
     """
     path = _resolved(path)
@@ -50,21 +49,27 @@ def save_adapter(
             f"{path} exists already"
             + (" and is no adapter" if overwrite else ": give another path or overwrite=True")
         )
-    content, metadata = pack(variables, config)
-    new = path.parent / f"{path.name}.new-{uuid.uuid4().hex[:8]}"
-    with _checkpointer() as checkpointer:
-        checkpointer.save(
-            new,
-            args=ocp.args.Composite(
-                adapter=ocp.args.StandardSave(content), metadata=ocp.args.JsonSave(metadata)
-            ),
-        )
-    replaced = path.parent / f"{_replaced(path)}{uuid.uuid4().hex[:8]}"
-    if path.exists():
-        path.rename(replaced)
-    new.rename(path)
-    if replaced.exists():
-        replaced.rmtree()
+    args = _save_args(variables, config)
+    here = uuid.uuid4().int % 2**32  # as the first process has it, if there are several
+    mark = f"{int(multihost_utils.broadcast_one_to_all(np.uint32(here))):08x}"
+    new = path.parent / f"{path.name}.new-{mark}"
+    first = jax.process_index() == 0
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(new, args=args)
+        if first:
+            replaced = path.parent / f"{_replaced(path)}{mark}"
+            if path.exists():
+                path.rename(replaced)
+            new.rename(path)
+    except Exception as error:  # Orbax and what it writes with raise what they like
+        raise OSError(f"{path} was not saved; what was there is as it was: {error}") from error
+    finally:
+        for rest in path.parent.glob(f"{new.name}*") if first else ():
+            _remove(rest)
+    for old in path.parent.glob(f"{_replaced(path)}*") if first else ():
+        _remove(old)
+    multihost_utils.sync_global_devices(f"randlora_jax saved {path}")
 
 
 def load_adapter(
@@ -72,8 +77,11 @@ def load_adapter(
 ) -> tuple[dict[str, Any], RandLoraConfig]:
     """Loads an adapter onto a base, and verifies it: shapes, every array's checksum, the bases.
 
+    What is loaded is whole on every device of the base's mesh: `sharding` says where to put it.
+
     Args:
-      path: a folder that `save_adapter` made.
+      path: a folder that `save_adapter` made, or the item of an `AdapterSave` in a checkpoint. It
+        can come from any mesh, any number of devices and processes, from Linen or NNX.
       variables: the base's, `{"params": ...}`; it is not changed and not copied.
 
     Returns:
@@ -85,132 +93,136 @@ def load_adapter(
         seed no longer draws its bases.
     """
     path = _resolved(path)
-    return unpack(*read(path), variables, str(path))
+    while True:
+        before = _identity(path)
+        try:
+            return AdapterHandler().restore(_present(path), AdapterRestore(variables))
+        except (ValueError, FileNotFoundError):
+            if _identity(path) == before:
+                raise  # else another adapter was saved over this one meanwhile
 
 
-def read(path: str | epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `pack` made, as `save_adapter` wrote it to a folder; not verified yet.
+def read(
+    path: str | epath.Path, where: Sharding | None = None
+) -> tuple[dict[str, Any], RandLoraConfig, dict[str, Any]]:
+    """An adapter without a base, verified: its arrays, its config, and how it was described.
+
+    The bases are among the arrays, drawn again if they were not saved.
 
     Raises:
-      FileNotFoundError: if there is no adapter at `path`.
-      ValueError: if it can't be read.
+      FileNotFoundError, ValueError: as `load_adapter`.
     """
-    path = _resolved(path)
-    if not path.exists():  # a save may have been killed between its two moves
-        path = next(iter(path.parent.glob(f"{_replaced(path)}*")), path)
+    path, where = _resolved(path), where or _everywhere()
     if not is_adapter(path):
-        raise FileNotFoundError(f"{path} is no adapter: it has no 'adapter' and 'metadata' in it")
-    try:
-        with _checkpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata["adapter"]
-            whole = _everywhere()
-            wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-                dict(saved.tree),
-            )
-            # The devices it was saved from need not be here: the shardings are ours.
-            read = checkpointer.restore(
-                path,
-                args=ocp.args.Composite(
-                    adapter=ocp.args.StandardRestore(wanted), metadata=ocp.args.JsonRestore()
-                ),
-            )
-    # Whatever a damaged file makes Orbax and its parsers raise, it means the same to the caller.
-    except Exception as error:
-        raise ValueError(f"{path} is cut short or altered: {error}") from error
-    return read["adapter"], read["metadata"]
+        raise FileNotFoundError(f"{path} is no adapter: nothing in it that save_adapter wrote")
+    source, handler = str(path), ocp.StandardCheckpointHandler()
+    with _damage(source):
+        saved = handler.metadata(path)
+        shapes = dict(saved.tree)
+        config = contents.check_description(saved.custom_metadata, shapes, source)
+        # The devices that it was saved from need not be here: the shardings are ours.
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
+        )
+        arrays = handler.restore(path, args=ocp.args.StandardRestore(wanted))
+        contents.check_arrays(arrays, saved.custom_metadata, source)
+    bases = contents.bases_of(arrays, saved.custom_metadata, config, source, where)
+    return {**arrays, "randlora_bases": bases}, config, saved.custom_metadata
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    handlers = {"adapter": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+class AdapterHandler(ocp.StandardCheckpointHandler):
+    """What `AdapterSave` and `AdapterRestore` run on; Orbax makes it by itself."""
+
+    async def async_save(self, directory: Any, args: AdapterSave) -> Any:
+        return await super().async_save(directory, args=_save_args(args.variables, args.config))
+
+    def restore(self, directory: Any, args: AdapterRestore) -> Any:
+        arrays, config, _ = read(directory, _everywhere(args.variables))
+        return contents.attach(arrays, config, args.variables, str(directory)), config
 
 
-def _everywhere() -> jax.sharding.Sharding:
-    """Where arrays are restored to: one device, or all of those of several processes."""
-    if jax.process_count() == 1:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+@ocp.args.register_with_handler(AdapterHandler, for_save=True)
+@dataclasses.dataclass
+class AdapterSave(ocp.args.CheckpointArgs):
+    """An adapter as an item of a user's own Orbax checkpoint, beside the optimizer's state.
+
+    The item holds what `save_adapter` writes, and `load_adapter` reads it too.
+
+    Attributes:
+      variables, config: as for `save_adapter`.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> from randlora_jax.linen import RandLora
+      >>> config = RandLoraConfig(r=2, target_modules="all-linear")
+      >>> variables = RandLora(nn.Dense(3), config).init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> base = {"params": variables["params"]}
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> with ocp.CheckpointManager(pathlib.Path(folder.name)) as manager:
+      ...     args = ocp.args.Composite(adapter=AdapterSave(variables, config),
+      ...                               position=ocp.args.JsonSave({"batch": 7}))
+      ...     saved = manager.save(7, args=args)
+      ...     args = ocp.args.Composite(adapter=AdapterRestore(base),
+      ...                               position=ocp.args.JsonRestore())
+      ...     restored = manager.restore(7, args=args)
+      >>> variables, config = restored.adapter
+      >>> config.r, restored.position
+      (2, {'batch': 7})
+    """
+
+    variables: trees.Tree
+    config: RandLoraConfig
+
+
+@ocp.args.register_with_handler(AdapterHandler, for_restore=True)
+@dataclasses.dataclass
+class AdapterRestore(ocp.args.CheckpointArgs):
+    """Restores what `AdapterSave` saved, as `load_adapter` does: (variables, config).
+
+    Attributes:
+      variables: the base's, `{"params": ...}`.
+    """
+
+    variables: trees.Tree
+
+
+def _save_args(variables: trees.Tree, config: RandLoraConfig) -> ocp.args.StandardSave:
+    arrays, description = contents.pack(variables, config)
+    if jax.process_count() > 1:  # what each process has alone, Orbax takes as NumPy's
+        local = lambda a: np.asarray(a) if a.is_fully_addressable else a
+        arrays = jax.tree.map(local, arrays)
+    return ocp.args.StandardSave(arrays, custom_metadata=description)
 
 
 def is_adapter(path: epath.Path) -> bool:
     """Whether the folder looks like one that `save_adapter` made."""
-    return (path / "adapter").exists() and (path / "metadata").exists()
+    described = path / "_METADATA"
+    return described.exists() and f'"{contents.MARK}"'.encode() in described.read_bytes()
 
 
-def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a checkpoint of an adapter holds: a tree of arrays, and metadata for JSON."""
-    trainable, _ = split(variables, config)
-    bases = dict(variables["randlora_bases"])
-    A, B = bases["randlora_A"], bases["randlora_B"]
-    drawn = {
-        "generator": bases_lib.GENERATOR,
-        "max_dim": B.shape[0],
-        "min_dim": A.shape[2],
-        "dtype": str(A.dtype),
-        "fingerprint": _fingerprints(bases),
-    }
-    content = nn.unbox(trainable)
-    if config.save_projection:
-        content["randlora_bases"] = bases
-    elif _fingerprints(_draw_again(config, drawn)) != drawn["fingerprint"]:
-        raise ValueError(
-            "save_projection=False, but these bases are not those that projection_prng_key="
-            f"{config.projection_prng_key} draws, and would be lost: set save_projection=True"
-        )
-    described = {
-        "format": FORMAT,
-        "config": config.to_dict(),
-        "bases": drawn,
-        "checksums": _fingerprints(content),
-    }
-    return content, {**described, "digest": _digest(described)}
-
-
-def unpack(
-    content: trees.Tree, metadata: dict[str, Any], variables: trees.Tree, source: str
-) -> tuple[dict[str, Any], RandLoraConfig]:
-    """Verifies what `pack` made against a base, and puts the two together."""
-    version = metadata.get("format")
-    if version != FORMAT:
-        raise ValueError(
-            f"{source} has format {version!r}, and this library reads {FORMAT}: "
-            "install the one that wrote it, or a newer one"
-        )
-    digest = metadata.get("digest")
-    if digest != _digest({k: v for k, v in metadata.items() if k != "digest"}):
-        raise ValueError(f"{source} is cut short or altered: its config is not what was saved")
-    checksums = _fingerprints(content)
-    expected = metadata["checksums"]
-    for name in sorted(set(checksums) | set(expected)):
-        if checksums.get(name) != expected.get(name):
-            raise ValueError(f"{source} is cut short or altered: {name} is not what was saved")
-    config = RandLoraConfig.from_dict(metadata["config"])
-    bases = content.get("randlora_bases")
-    if bases is None:
-        bases = _draw_again(config, metadata["bases"])
-        if _fingerprints(bases) != metadata["bases"]["fingerprint"]:
-            raise ValueError(
-                f"{source} has no bases, and projection_prng_key={config.projection_prng_key} now "
-                f"draws others (it was saved with the generator {metadata['bases']['generator']}, "
-                f"this is {bases_lib.GENERATOR})"
-            )
-    whole = {**variables, "randlora": content["randlora"], "randlora_bases": bases}
+@contextlib.contextmanager
+def _damage(source: str):
+    """Whatever a damaged file makes Orbax and its parsers raise: it means the same to all."""
     try:
-        for _ in merging.adapted(whole, config, ambiguous=True):
-            pass  # each is checked as it is found
-    except ValueError as error:
-        raise ValueError(f"{source} does not fit: {error}") from None
-    params = dict(trees.items(variables["params"]))
-    for path, leaf in trees.items(content.get("params", {})):
-        if path not in params or nn.unbox(params[path]).shape != leaf.shape:
-            raise ValueError(
-                f"{source} has a trained {'.'.join(path)!r} of shape {leaf.shape}, "
-                "which the base has not: it is of another model"
-            )
-        params[path] = nn.meta.replace_boxed(params[path], leaf)
-    return {**whole, "params": trees.build(params)}, config
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(source):
+            raise
+        raise ValueError(f"{source} is cut short or altered: {error}") from error
+
+
+def _everywhere(variables: trees.Tree | None = None) -> Sharding:
+    """Where arrays are restored to: to all devices of the base, or of several processes."""
+    found = (getattr(nn.unbox(x), "sharding", None) for _, x in trees.items(variables or {}))
+    for sharding in found:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, SingleDeviceSharding) and jax.process_count() == 1:
+            return sharding
+    if jax.process_count() == 1:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(Mesh(np.array(jax.devices()), ("all",)), PartitionSpec())
 
 
 def _resolved(path: str | epath.Path) -> epath.Path:
@@ -223,33 +235,22 @@ def _replaced(path: epath.Path) -> str:
     return f".{path.name}.replaced-"
 
 
-def _digest(described: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def _present(path: epath.Path) -> epath.Path:
+    """The path, or what a save that was killed between its two moves left of it."""
+    if path.exists():
+        return path
+    return next(iter(sorted(path.parent.glob(f"{_replaced(path)}*"))), path)
 
 
-def _draw_again(config: RandLoraConfig, drawn: dict[str, Any]) -> bases_lib.Bases:
-    dtype = jnp.float32 if drawn["dtype"] == "int8" else drawn["dtype"]
-    return bases_lib.draw(config, drawn["max_dim"], drawn["min_dim"], dtype)
+def _identity(path: epath.Path) -> Any:
+    """Differs if another folder took the place of this one."""
+    try:
+        found = os.stat(_present(path))
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
-def _fingerprints(tree: trees.Tree) -> dict[str, str]:
-    return {"/".join(path): _fingerprint(leaf) for path, leaf in trees.items(tree)}
-
-
-def _fingerprint(array: jax.Array) -> str:
-    """Shape, dtype and 64 bits that depend on every bit and its place: exact, however sharded."""
-    return f"{array.dtype}{list(array.shape)}:" + "".join(f"{int(h):08x}" for h in _sums(array))
-
-
-@jax.jit
-def _sums(array):
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(array, bits).reshape(-1).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, words.size)
-
-    def mixed(multiplier):  # odd multipliers and shifts: no two words of one place collide
-        x = (words ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(multiplier)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
-        return jnp.sum(x ^ (x >> 12), dtype=jnp.uint32)
-
-    return mixed(0x85EBCA6B), mixed(0xC2B2AE35)
+def _remove(path: epath.Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmtree() if path.is_dir() else path.unlink()

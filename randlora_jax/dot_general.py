@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
-from randlora_jax.kernels import wide
+from randlora_jax.kernels import Kernel, wide
 from randlora_jax.partitioning import like, per_device
 from randlora_jax.products import (
     Backward,
@@ -27,6 +27,7 @@ from randlora_jax.products import (
     Spec,
     Strategy,
     factors,
+    product_flops,
 )
 
 Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
@@ -168,29 +169,53 @@ class RandLoraDotGeneral:
         sides = math.prod(rhs.shape[: len(contract)]), math.prod(rhs.shape[len(contract) :])
         for lam, gamma in self.scales:
             check_shapes(self.bases, (lam.shape, gamma.shape), *sides)
-        tokens = [i for i in range(lhs.ndim) if i not in contract]
-        spec = Spec(
-            len(tokens), len(contract), rhs.shape, True, precision, preferred_element_type,
-            self.strategy,
-        )  # fmt: skip
-
-        def adapted(x, kernel, scales):
-            x = lax.transpose(x, (*tokens, *contract))  # nothing to do for a trailing contraction
-            A, B = self.bases["randlora_A"], self.bases["randlora_B"]
-            lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
-            with_kernel = dataclasses.replace(spec, plus_kernel=kernel is not None)
-            y = _adapted_dot(with_kernel, x, kernel, A, B, lam, gamma)
-            sharding = options.get("out_sharding")
-            return y if sharding is None else jax.sharding.reshard(y, sharding)
-
+        options = {"preferred_element_type": preferred_element_type, **options}
+        product = functools.partial(self._product, lhs, contract, rhs.shape, precision, **options)
         if not any(self.dropouts) and self.dot_general is None:
-            return adapted(lhs, rhs, self.scales)
-        y = (self.dot_general or lax.dot_general)(
-            lhs, rhs, dimension_numbers, precision=precision,
-            preferred_element_type=preferred_element_type, **options,
-        )  # fmt: skip
-        dropouts = self.dropouts or (None,) * len(self.scales)
-        for pair, dropout in zip(self.scales, dropouts, strict=True):
-            x = lhs if dropout is None else dropout(lhs)
-            y = y + adapted(x, None, (pair,)).astype(y.dtype)
+            return product(rhs, self.scales)
+        own = self.dot_general or lax.dot_general
+        y = own(lhs, rhs, dimension_numbers, precision=precision, **options)
+        for part in self._parts(product):
+            y = y + part.astype(y.dtype)
         return y
+
+    def update(self, x: jax.Array, contract: tuple[int, ...], kernel: Kernel) -> jax.Array:
+        """x . dW alone, for a layer that has computed x . W by itself."""
+        shape = tuple(kernel.shape[i] for i in (*kernel.input_axes, *kernel.output_axes))
+        product = functools.partial(self._product, x, contract, shape, None)
+        return sum(self._parts(product))
+
+    def is_better_beside(self, x: jax.Array, contract: tuple[int, ...], kernel: Kernel) -> bool:
+        """Whether `update` is cheaper than adding dW to the kernel, of which it would be a sum."""
+        if any(self.dropouts):
+            return True
+        tokens = math.prod(x.shape) // kernel.in_features
+        m = math.prod(self.scales[0][0].shape)
+        cost = lambda merge: sum(product_flops(tokens, *kernel.sides, m, merge, merge))
+        return self.strategy == "factored" or (
+            self.strategy == "auto" and cost(merge=False) < cost(merge=True)
+        )
+
+    def _parts(self, product):
+        """The products of x with the updates: of all at once, unless each has its own x."""
+        if not any(self.dropouts):
+            yield product(None, self.scales)
+            return
+        for pair, dropout in zip(self.scales, self.dropouts, strict=True):
+            yield product(None, (pair,), dropout=dropout)
+
+    def _product(
+        self, x, contract, shape, precision, kernel, scales,
+        preferred_element_type=None, out_sharding=None, dropout=None,
+    ):  # fmt: skip
+        tokens = [i for i in range(x.ndim) if i not in contract]
+        spec = Spec(
+            len(tokens), len(contract), shape, kernel is not None, precision,
+            preferred_element_type, self.strategy,
+        )  # fmt: skip
+        x = x if dropout is None else dropout(x)
+        x = lax.transpose(x, (*tokens, *contract))  # nothing to do for a trailing contraction
+        A, B = self.bases["randlora_A"], self.bases["randlora_B"]
+        lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
+        y = _adapted_dot(spec, x, kernel, A, B, lam, gamma)
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

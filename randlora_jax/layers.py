@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from randlora_jax.kernels import Kernel, Shape, unstack
 
 InputAxes = tuple[int, ...] | Callable[[Any, tuple[int, ...], tuple, dict], tuple[int, ...]]
@@ -19,6 +21,7 @@ class Rule:
     input_axes: InputAxes | None
     dot_general: bool = False  # the layer computes with its own attribute `dot_general`
     einsum_op: bool = False  # the same for `einsum_op`
+    plain: bool = False  # it returns the product, and at most a bias added to it
     shape: Callable[[Any], Shape] | None = None  # of the kernel, as the layer was made
 
     def stack(self, layer: Any, shape: Shape) -> Shape:
@@ -67,6 +70,9 @@ def register_layer(
         args, kwargs) of a call. By default they are read off the einsum equation that the call
         is given, or the layer has as an attribute; without one, the kernel is (in, out), or
         (out, in) under `fan_in_fan_out`.
+      **options: `plain=True` promises of a layer with an equation that it returns the product and
+        at most a bias added to it: then few tokens cost what they cost a Dense layer. Of other
+        layers the kernel is changed, so they can do what they like.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
@@ -75,7 +81,7 @@ def register_layer(
       ...   @nn.compact
       ...   def __call__(self, eqn, x):
       ...     return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), self.shape))
-      >>> register_layer(Einsum, kernel="w")
+      >>> register_layer(Einsum, kernel="w", plain=True)
     """
     if not isinstance(layer, type):
         raise TypeError(f"layer must be a class, got {layer!r}")
@@ -108,6 +114,36 @@ def equation_axes(layer, shape, args, kwargs) -> tuple[int, ...] | None:
             "give the layer's name to exclude_modules"
         )
     return tuple(i for i, c in enumerate(kernel) if c not in result)
+
+
+def plain_input(
+    cls: type, layer: Any, kernel: Kernel, args: tuple, kwargs: dict
+) -> tuple[Any, tuple[int, ...]] | None:
+    """The input x of a call that is a plain product, and its axes that meet the kernel's.
+
+    None where the class, itself, was not registered as plain, or the equation is none.
+    """
+    equation = _equation(layer, args, kwargs)
+    arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "ndim")]
+    if cls not in _RULES or not _RULES[cls].plain or equation is None or len(arrays) != 1:
+        return None
+    (x,) = arrays
+    contract = plain_axes(equation, x.ndim, kernel)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return (x, contract) if is_float and contract is not None else None
+
+
+def plain_axes(equation: str, ndim: int, kernel: Kernel) -> tuple[int, ...] | None:
+    """x's axes that meet the kernel's, if the result is x's other axes and then the kernel's."""
+    operands, _, result = equation.replace(" ", "").partition("->")
+    left, right = operands.split(",")
+    dots = "".join(chr(0x100 + i) for i in range(ndim - len(left.replace("...", ""))))
+    left, result = left.replace("...", dots), result.replace("...", dots)
+    inputs = [right[i] for i in kernel.input_axes]
+    tokens = [c for c in left if c not in inputs]
+    if [*result] != [*tokens, *(right[i] for i in kernel.output_axes)]:
+        return None
+    return tuple(left.index(c) for c in inputs)
 
 
 _EQUATIONS = ("einsum_str", "einsum_string", "equation", "eqn")

@@ -8,7 +8,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import checkpoint, kernels
@@ -50,7 +49,7 @@ def open_adapter(path: str, adapter_name: str) -> Opened:
     """
     folder = pathlib.Path(path)
     if checkpoint.is_adapter(folder):
-        return _open_ours(folder.resolve())
+        return _open_ours(folder)
     folder = files.find(path, adapter_name)
     adapter = files.read(folder)
     config, bases, stored = adapter.config, adapter.bases, adapter.bases is not None
@@ -60,31 +59,9 @@ def open_adapter(path: str, adapter_name: str) -> Opened:
 
 
 def _open_ours(folder: pathlib.Path) -> Opened:
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            args = ocp.args.Composite(
-                adapter=ocp.args.StandardRestore(), metadata=ocp.args.JsonRestore()
-            )
-            read = checkpointer.restore(folder, args=args)
-        content, metadata = read["adapter"], read["metadata"]
-        version, checksums, drawn = (metadata[key] for key in ("format", "checksums", "bases"))
-        config = RandLoraConfig.from_dict(metadata["config"])
-    # Whatever a damaged file makes Orbax and its parsers raise, it means the same to the user.
-    except Exception as error:
-        raise ValueError(f"{folder} is cut short or altered: {error}") from error
-    if version != checkpoint.FORMAT:
-        raise ValueError(f"{folder} has format {version!r}, this reads {checkpoint.FORMAT}")
-    if checkpoint._fingerprints(content) != checksums:
-        raise ValueError(f"{folder} is cut short or altered: it is not what was saved")
-    bases = content.get("randlora_bases")
-    stored = bases is not None
-    if not stored:
-        bases = checkpoint._draw_again(config, drawn)
-        if checkpoint._fingerprints(bases) != drawn["fingerprint"]:
-            raise ValueError(
-                f"{folder}: projection_prng_key={config.projection_prng_key} draws "
-                f"other bases now (it was saved with {drawn['generator']})"
-            )
+    content, config, description = checkpoint.read(folder)
+    stored = any(name.startswith("randlora_bases/") for name in description["arrays"])
+    bases = content["randlora_bases"]
     scales = {".".join(path): pair for path, pair in kernels.pairs(content["randlora"])}
     generator = drawn_by(config, dense({"randlora_bases": bases}))
     return Opened(OURS, folder, config, scales, bases, stored, generator, content)

@@ -10,15 +10,27 @@ import numpy as np
 from randlora_jax import bases as bases_lib
 from randlora_jax import merging, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.kernels import Kernel
+from randlora_jax.products import Strategy, cheapest, product_flops
 from randlora_jax.training import split
 
 
-def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
+def summary(
+    variables: trees.Tree,
+    config: RandLoraConfig,
+    *,
+    tokens: int | None = None,
+    strategy: Strategy = "auto",
+) -> str:
     """A table of the adapted layers, the parameters that train, and the bytes of a checkpoint.
 
     Args:
       variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s will do.
       config: the adapter's.
+      tokens: how many one device sees in a step. With it the table says of each layer which way
+        its update is computed, forward and backward, and the step's operations over those of the
+        frozen layer.
+      strategy: as it is given to the model.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -32,13 +44,18 @@ def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
       trainable parameters  12 of 40 (30.00 %)
       bases                 128 B, one pair for all layers
       checkpoint            176 B
+      >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 6)))
+      >>> print(summary(shapes, config, tokens=1000).split("\\n\\n")[0])
+      layer   kernel  lambda  gamma   trains  forward  backward  over frozen
+      (root)  (6, 4)  (2, 2)  (2, 4)      12  merged   merged           1.51
     """
     params = dict(trees.items(variables["params"]))
     rows = []
-    for path, where, _, _, scales in merging.adapted(variables, config, ambiguous=True):
+    for path, where, layout, _, scales in merging.adapted(variables, config, ambiguous=True):
         count = sum(math.prod(x.shape) for x in scales)
         shapes = (str(x.shape) for x in (nn.unbox(params[where]), *scales))
-        rows.append((".".join(path) or "(root)", *shapes, f"{count:,}"))
+        cost = _cost(layout.kernel, config.r, tokens, strategy) if tokens else ()
+        rows.append((".".join(path) or "(root)", *shapes, f"{count:,}", *cost))
     trainable, _ = split(variables, config)
     trains, train_bytes = _size(trainable)
     total = trains + _size(variables["params"])[0] - _size(trainable.get("params", {}))[0]
@@ -46,11 +63,22 @@ def summary(variables: trees.Tree, config: RandLoraConfig) -> str:
     saved = train_bytes + held * config.save_projection
     facts = [
         ("trainable parameters", f"{trains:,} of {total:,} ({100 * trains / total:.2f} %)"),
-        ("bases", f"{_bytes(held)}, one pair for all layers"),
-        ("checkpoint", _bytes(saved) + ("" if config.save_projection else ", without the bases")),
+        ("bases", f"{readable(held)}, one pair for all layers"),
+        ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
-    lines = _table([("layer", "kernel", "lambda", "gamma", "trains"), *rows], right=(4,))
-    return "\n".join([*lines, "", *_table(facts)])
+    head = ("layer", "kernel", "lambda", "gamma", "trains")
+    head += ("forward", "backward", "over frozen") if tokens else ()
+    lines = table_of([head, *rows], right=(4, 7))
+    return "\n".join([*lines, "", *table_of(facts)])
+
+
+def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str, str, str]:
+    """(way forward, way backward, operations over those of the frozen layer)."""
+    m = math.prod(kernel.scale_shapes(r)[0])
+    ways = cheapest(tokens, *kernel.sides, m, strategy)
+    frozen = 4 * tokens * math.prod(kernel.sides)
+    over = sum(product_flops(tokens, *kernel.sides, m, *ways)) / frozen
+    return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
 
 
 def _size(tree: trees.Tree) -> tuple[int, int]:
@@ -61,7 +89,7 @@ def _size(tree: trees.Tree) -> tuple[int, int]:
     )
 
 
-def _bytes(n: int) -> str:
+def readable(n: int) -> str:
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.4g} {unit}"
@@ -69,7 +97,7 @@ def _bytes(n: int) -> str:
     return f"{n:.4g} GB"
 
 
-def _table(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+def table_of(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -193,3 +193,23 @@ def assert_close(actual, expected, tolerance):
         assert other[path].shape == leaf.shape, path
         error = np.abs(other[path] - leaf).max()
         assert error <= tolerance * max(np.abs(leaf).max(), largest / 100), (path, error)
+
+
+# What holds for every case: the modules that import these tests have the fixture `case`.
+
+
+def test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model(case):
+    assert_same_bits(case.variables["params"], case.base_variables["params"])
+
+
+def test_output_is_bit_identical_before_training(case):
+    y = case.model.apply(case.variables, *case.args)
+    assert_same_bits(y, case.base.apply(case.base_variables, *case.args))
+
+
+def test_output_is_that_of_kernel_plus_update(case):
+    assert_close(case.actual[0], case.expected[0], case.tolerance)
+
+
+def test_gradients_are_those_of_kernel_plus_update(case):
+    assert_close(case.actual[1], case.expected[1], case.tolerance)

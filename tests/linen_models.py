@@ -26,7 +26,12 @@ class GemmaEinsum(nn.Module):
         return jnp.einsum(equation, x, self.param("w", nn.initializers.normal(), self.shape))
 
 
+class PlainEinsum(GemmaEinsum):
+    """The same, registered as a plain product."""
+
+
 register_layer(GemmaEinsum, kernel="w")
+register_layer(PlainEinsum, kernel="w", plain=True)
 
 
 class Conv1D(nn.Module):

@@ -25,7 +25,12 @@ class OwnEinsum(nnx.Module):
         return jnp.einsum(self.einsum_str, x, self.w[...])
 
 
+class PlainEinsum(OwnEinsum):
+    """The same, registered as a plain product."""
+
+
 register_layer(OwnEinsum, kernel="w")
+register_layer(PlainEinsum, kernel="w", plain=True)
 
 
 class Block(nnx.Module):

@@ -64,7 +64,7 @@ def arrays(folder):
     return [p for p in binary if p.stat().st_size > 500]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(70))
 def test_flipped_bits_are_refused_or_do_not_matter(damaged, seed):
     folder, is_refused = damaged
     rng = random.Random(seed)
@@ -76,7 +76,7 @@ def test_flipped_bits_are_refused_or_do_not_matter(damaged, seed):
     is_refused()
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(30))
 def test_files_cut_short_are_refused_or_do_not_matter(damaged, seed):
     folder, is_refused = damaged
     rng = random.Random(seed)
@@ -124,7 +124,7 @@ def test_flipped_bits_in_what_is_written_as_text_are_refused_or_do_not_matter(da
     "old, new",
     [
         (b'"randlora_alpha": 6', b'"randlora_alpha": 7'),
-        (b'"checksums"', b'"checksumz"'),
+        (b'"arrays"', b'"arrayz"'),
         (b'"bases": {', b'"basis": {'),
         (b'"r": 3', b'"r": 0'),
         (b'"r": 3', b'"r": []'),
@@ -157,8 +157,8 @@ def test_arrays_of_another_adapter_are_refused(tmp_path, save_projection, collec
 
 def test_a_newer_format_is_refused_by_number(damaged):
     folder, _ = damaged
-    path = holding(folder, b'"format"')
-    path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 2'))
+    path = holding(folder, b'"randlora_format"')
+    path.write_bytes(path.read_bytes().replace(b'"randlora_format": 1', b'"randlora_format": 2'))
     with pytest.raises(ValueError, match=r"format 2, and this library reads 1.*newer"):
         rl.load_adapter(folder, base())
 
@@ -171,8 +171,7 @@ def test_what_is_no_adapter_is_refused_by_path(damaged, tmp_path, what):
     elif what == "a file":
         folder.write_text("not an adapter")
     elif what == "half of an adapter":
-        for child in sorted(p for p in folder.iterdir() if p.is_dir())[:1]:
-            shutil.rmtree(child)
+        (folder / "_METADATA").unlink()
     with pytest.raises(FileNotFoundError, match=f"{folder} is no adapter"):
         rl.load_adapter(folder, base())
 

@@ -155,7 +155,7 @@ def test_damage_is_exit_code_1(run, ours, tmp_path):
         code, printed, complaint = run(command, tmp_path / "a")
         assert (code, printed) == (1, "")
         assert WEIGHTS in complaint
-    for file in (ours / "stored" / "adapter").rglob("*"):
+    for file in (ours / "stored" / "d").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:50])
     code, _, complaint = run("verify", ours / "stored")

@@ -165,7 +165,7 @@ WRONG = [
     (ValueError, {"layers_to_transform": True}, "layers_to_transform .*True"),
     (ValueError, {"layers_to_transform": [1.5]}, r"layers_to_transform .*1\.5"),
     (EITHER, {"target_modules": 5}, "target_modules.*5"),
-    (EITHER, {"target_modules": {"up", 5}}, "target_modules.*5"),
+    (EITHER, {"target_modules": {5}}, "target_modules.*5"),
     (EITHER, {"layers_to_transform": "ab"}, "layers_to_transform.*'ab'"),
     (EITHER, {"layers_to_transform": 3.5}, r"layers_to_transform.*3\.5"),
     (EITHER, {"layers_to_transform": [None]}, "layers_to_transform.*None"),

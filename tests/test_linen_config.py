@@ -166,6 +166,13 @@ def test_a_stack_with_too_few_layers_raises_and_says_how_many_it_has():
         stack_case(layers_to_transform=(4,)).model.init(jax.random.key(0), X)
 
 
+def test_a_stack_on_another_axis_is_refused_by_name_if_layers_are_to_be_counted():
+    case = Case(Scan(length=4, axis=1), (X,), block_kernels("layers/inner/", (1,)),
+                config={"layers_to_transform": (1,)})  # fmt: skip
+    with pytest.raises(ValueError, match=r"'layers\.inner\.\w+' is stacked along another"):
+        case.model.init(jax.random.key(0), X)
+
+
 # What trains, and what it starts from
 
 

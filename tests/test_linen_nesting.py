@@ -5,7 +5,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.linen_cases import Case, as_numpy, assert_close, assert_same_bits, normal
+from tests.linen_cases import (  # noqa: F401 (pytest runs the tests among these)
+    Case,
+    as_numpy,
+    assert_close,
+    assert_same_bits,
+    normal,
+    test_gradients_are_those_of_kernel_plus_update,
+    test_output_is_bit_identical_before_training,
+    test_output_is_that_of_kernel_plus_update,
+    test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model,
+)
 from tests.linen_models import (
     PLAIN,
     Block,
@@ -86,23 +96,6 @@ CASES = {
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
-
-
-def test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model(case):
-    assert_same_bits(case.variables["params"], case.base_variables["params"])
-
-
-def test_output_is_bit_identical_before_training(case):
-    y = case.model.apply(case.variables, *case.args)
-    assert_same_bits(y, case.base.apply(case.base_variables, *case.args))
-
-
-def test_output_is_that_of_kernel_plus_update(case):
-    assert_close(case.actual[0], case.expected[0], case.tolerance)
-
-
-def test_gradients_are_those_of_kernel_plus_update(case):
-    assert_close(case.actual[1], case.expected[1], case.tolerance)
 
 
 def test_adapting_gives_what_init_gives_and_holds_the_very_arrays_of_the_base(case):

@@ -79,3 +79,24 @@ def test_a_checkpoint_without_bases_is_what_trains():
 
 def test_shapes_alone_give_the_same_text():
     assert describe(shapes=True, bias="all") == describe(bias="all")
+
+
+@pytest.mark.parametrize(
+    "tokens, strategy, ways",
+    [
+        (2, "auto", ["factored", "factored"]),
+        (5000, "auto", ["merged", "merged"]),
+        (5000, "factored", ["factored", "factored"]),
+        (2, "merged", ["merged", "merged"]),
+    ],
+)
+def test_with_tokens_it_says_how_each_layer_is_computed_and_what_that_costs(tokens, strategy, ways):
+    config = rl.RandLoraConfig(r=3, target_modules=["up"])
+    model, x = RandLora(MLP(), config), jnp.ones((2, 7))
+    text = rl.summary(model.init(jax.random.key(0), x), config, tokens=tokens, strategy=strategy)
+    *_, forward, backward, over = row(text, "up")
+    assert [forward, backward] == ways
+    T, d, D, m = tokens, 7, 13, 9
+    thin = 2 * T * m * (d + D) + 2 * T * m * (2 * d + D)
+    expected = 4 * T * d * D + thin if ways[0] == "factored" else 6 * T * d * D + 6 * m * d * D
+    assert float(over) == pytest.approx(expected / (4 * T * d * D), abs=0.006)

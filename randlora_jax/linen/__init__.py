@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.core import unfreeze
+from jax.typing import DTypeLike
 
 from randlora_jax import adapters, merging, trees
 from randlora_jax import bases as bases_lib
@@ -50,6 +52,8 @@ class RandLora(nn.Module):
         `nn.Dropout`, one of the two must, if `randlora_dropout` is not 0.
       strategy: "auto" picks the way with fewer operations for the number of tokens at hand;
         "merged" and "factored" force one.
+      bases_dtype: of the bases that `adapt` and `init` draw; bfloat16 halves them, in memory and
+        in checkpoints. Ternary bases are int8 whatever it says.
 
     Raises:
       ValueError: for targets that match nothing or nothing linear, for missing collections and
@@ -73,6 +77,7 @@ class RandLora(nn.Module):
     parameters: Mapping[str, tuple[int, ...]] = nn.FrozenDict()
     deterministic: bool | None = None
     strategy: Strategy = "auto"
+    bases_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         base = self.base
@@ -177,7 +182,9 @@ class RandLora(nn.Module):
         return {
             **variables,
             "randlora": scales if isinstance(self.config, Mapping) else scales[""],
-            "randlora_bases": bases_lib.draw(first, *bases_lib.shared_dims(sides)),
+            "randlora_bases": bases_lib.draw(
+                first, *bases_lib.shared_dims(sides), self.bases_dtype
+            ),
         }
 
     def merge(self, variables, *args, safe: bool = True, **kwargs) -> dict[str, Any]:

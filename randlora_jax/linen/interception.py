@@ -22,7 +22,7 @@ from randlora_jax.dot_general import (
     prepare_scales,
 )
 from randlora_jax.kernels import SCALES, Kernel, wide
-from randlora_jax.layers import Rule, register_layer, rule_for
+from randlora_jax.layers import Rule, plain_input, register_layer, rule_for
 
 
 def _dense_axes(layer, shape, args, kwargs):
@@ -38,7 +38,7 @@ def _dense_axes(layer, shape, args, kwargs):
 
 register_layer(nn.Dense, input_axes=_dense_axes, dot_general=True)
 register_layer(nn.DenseGeneral, input_axes=_dense_axes, dot_general=True)
-register_layer(nn.Einsum)
+register_layer(nn.Einsum, plain=True)
 
 Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
 
@@ -72,15 +72,17 @@ class Discover:
         self.config, self.parameters = config, parameters
         self.modules: dict[str, tuple[type, bool]] = {}
         self.found: dict[trees.Path, Kernel] = {}
-        self.normalising: list[str] = []  # what we are within, of the layers that map parameters
+        self.mapping: list[str] = []  # what we are within, of the layers that map parameters
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
-        normalises = isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
-        self.normalising += [type(module).__name__] * normalises
+        kind = type(module).__name__
+        # A class that nn.map_variables made can be told by its name alone.
+        maps = isinstance(module, (nn.WeightNorm, nn.SpectralNorm)) or kind.startswith("Map_variab")
+        self.mapping += [kind] * maps
         y = next_fun(*args, **kwargs)
-        if normalises:
-            self.normalising.pop()
+        if maps:
+            self.mapping.pop()
         if context.method_name != "__call__":
             return y
         name = targets.name_of(module.path)
@@ -98,10 +100,10 @@ class Discover:
         label = kernel.label
         if (label[0] if label else SCALES[0]) in own:
             return  # a lifted layer was seen inside already, a shared one at its first call
-        if self.normalising:
+        if self.mapping:
             raise ValueError(
-                f"{targets.name_of(module.path)!r} is within a {self.normalising[-1]}, which would "
-                "normalise its scales too: give its name to exclude_modules"
+                f"{targets.name_of(module.path)!r} is within a {self.mapping[-1]}, which would "
+                "change its scales too: give its name to exclude_modules"
             )
         self.found[(*module.path, *label)] = kernel
         dtype = wide(kernel.dtype)
@@ -219,6 +221,14 @@ class Adapt:
         call = getattr(type(module), context.method_name)
         every = [(k, config, scales) for k, found in updates.values() for config, scales in found]
         dropouts = [self._dropout(module, config) for _, config, _ in every]
+        kernel = every[0][0]
+        plain = plain_input(type(module), module, kernel, args, kwargs)
+        if plain is not None and len(updates) == 1:
+            scales = [scales for _, _, scales in every]
+            operation = RandLoraDotGeneral(self.bases, scales, dropouts, self.strategy)
+            if operation.is_better_beside(*plain, kernel):
+                y = next_fun(*args, **kwargs)
+                return y + operation.update(*plain, kernel).astype(y.dtype)
         deltas = [(kernel, self._delta(kernel, scales)) for kernel, _, scales in every]
         if not any(dropouts):
             return self._on_params(module, call, functools.partial(_add, deltas), args, kwargs)

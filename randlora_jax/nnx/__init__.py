@@ -60,6 +60,7 @@ def inject(
     parameters: Mapping[str, tuple[int, ...]] | None = None,
     strategy: Strategy = "auto",
     rngs: nnx.Rngs | None = None,
+    bases_dtype: jax.typing.DTypeLike = jnp.float32,
     values: trees.Tree | None = None,
 ) -> nnx.Module:
     """Adapts a model's linear layers in place: they compute with `W + dW` from now on.
@@ -78,6 +79,7 @@ def inject(
       strategy: "auto" picks the way with fewer operations; "merged" and "factored" force one.
       rngs: where `randlora_dropout` draws from, its stream "dropout". `model.eval()` and
         `model.train()` switch the dropout as they do `nnx.Dropout`.
+      bases_dtype: of the bases that are drawn; bfloat16 halves them. Ternary bases are int8.
       values: scales and bases to begin with, as `variables` or `randlora_jax.load_adapter` give
         them; parameters too, where they trained.
 
@@ -114,7 +116,7 @@ def inject(
         kept, stored[name] = adapters.cut_stacks(kernels, shapes(seen, one.r), one)
         found[name] = {path: seen[path] for path in kept}
     if values is None:
-        scales, bases = _initial(named, found, stored)
+        scales, bases = _initial(named, found, stored, bases_dtype)
     else:
         scales, bases = values["randlora"], values["randlora_bases"]
         scales = scales if isinstance(config, Mapping) else {"": scales}
@@ -139,7 +141,7 @@ def inject(
     return model
 
 
-def _initial(named, found: Mapping[str, Mapping[trees.Path, Seen]], stored):
+def _initial(named, found: Mapping[str, Mapping[trees.Path, Seen]], stored, dtype):
     seen = [s for kernels in found.values() for s in kernels.values()]
 
     def make():
@@ -148,7 +150,7 @@ def _initial(named, found: Mapping[str, Mapping[trees.Path, Seen]], stored):
             n: adapters.initial_scales(one, kernels[n], stored[n]) for n, one in named.items()
         }
         dims = bases_lib.shared_dims(s.kernel.sides for s in seen)
-        return scales, bases_lib.draw(next(iter(named.values())), *dims)
+        return scales, bases_lib.draw(next(iter(named.values())), *dims, dtype)
 
     abstract = any(isinstance(s.variable.get_value(), jax.ShapeDtypeStruct) for s in seen)
     return jax.eval_shape(make) if abstract else make()

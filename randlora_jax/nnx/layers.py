@@ -25,7 +25,13 @@ from randlora_jax.dot_general import (
     prepare_scales,
 )
 from randlora_jax.kernels import SCALES, Kernel
-from randlora_jax.layers import equation_axes, register_layer, rule_for
+from randlora_jax.layers import (
+    equation_axes,
+    plain_axes,
+    plain_input,
+    register_layer,
+    rule_for,
+)
 
 
 class RandLoraParam(nnx.LoRAParam):
@@ -150,7 +156,24 @@ def call(module, method, name: str, args, kwargs):
             y = _on_view(module, method, changes, args, kwargs)
             if used:
                 return y
+        y = _beside(module, method, kernel, bases, updates, plan.strategy, args, kwargs)
+        if y is not None:
+            return y
     return _through_kernels(module, method, rule, bases, updates, args, kwargs)
+
+
+def _beside(module, method, kernel, bases, updates: list[Update], strategy, args, kwargs):
+    """Runs a layer on its own kernel and adds x . dW, where that is cheaper; else None."""
+    plain = plain_input(type(module).randlora_class, module, kernel, args, kwargs)
+    if plain is None:
+        return None
+    dropouts = [_dropout(module, config) for _, config, _ in updates]
+    scales = [scales for _, _, scales in updates]
+    operation = RandLoraDotGeneral(bases, scales, dropouts, strategy)
+    if not operation.is_better_beside(*plain, kernel):
+        return None
+    y = method(module, *args, **kwargs)
+    return y + operation.update(*plain, kernel).astype(y.dtype)
 
 
 def _lent(module) -> Bases:
@@ -185,7 +208,7 @@ def _door(module, rule, kernel, bases, updates: list[Update], strategy):
         return operation(*args, **kwargs)
 
     def einsum_op(equation, x, value, **options):
-        contract = _plain(equation, x, kernel)
+        contract = plain_axes(equation, x.ndim, kernel)
         if contract is None:
             return jnp.einsum(equation, x, value, **options)
         value = jnp.transpose(value, (*kernel.input_axes, *kernel.output_axes))
@@ -197,19 +220,6 @@ def _door(module, rule, kernel, bases, updates: list[Update], strategy):
     if rule.einsum_op and getattr(module, "einsum_op", None) is jnp.einsum:
         return used, {"einsum_op": einsum_op}
     return None
-
-
-def _plain(equation: str, x, kernel: Kernel):
-    """x's axes that meet the kernel's, if the result is x's other axes and then the kernel's."""
-    operands, _, result = equation.partition("->")
-    left, right = operands.split(",")
-    dots = "".join(chr(0x100 + i) for i in range(x.ndim - len(left.replace("...", ""))))
-    left, result = left.replace("...", dots), result.replace("...", dots)
-    inputs = [right[i] for i in kernel.input_axes]
-    tokens = [c for c in left if c not in inputs]
-    if [*result] != [*tokens, *(right[i] for i in kernel.output_axes)]:
-        return None
-    return tuple(left.index(c) for c in inputs)
 
 
 def _on_view(module, method, changes: dict[str, Any], args, kwargs):

@@ -1,0 +1,187 @@
+"""The main example: interrupted, resumed, divided among devices, and told what it can't do."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import adapter_training
+import dialogues
+import finetune_smollm2
+import gguf_weights
+import jax
+import numpy as np
+import pytest
+
+import randlora_jax as rl
+from tests.checkpoints import bits, files
+from tests.parity.tiny_finetune import SETTINGS, load
+from tests.processes.disks import small_disk
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(gguf_weights, "load", load)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def train(folder, *more):
+    """The losses of all steps, as the last checkpoint has them."""
+    finetune_smollm2.main([*SETTINGS, "--output-dir", str(folder), *more])
+    return losses_of(folder)
+
+
+def losses_of(folder):
+    last = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    return json.loads((folder / "checkpoints" / str(last) / "losses" / "metadata").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, losses) of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    original, gguf_weights.load = gguf_weights.load, load
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return folder, train(folder)
+    finally:
+        gguf_weights.load = original
+
+
+def adapter(folder):
+    return bits(rl.load_adapter(folder / "adapter", {"params": load()[1]})[0])
+
+
+def test_it_saves_what_it_trained_and_draws_the_losses(whole):
+    folder, losses = whole
+    assert len(losses) == 6
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert adapter(folder)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, after):
+    batches = dialogues.batches
+
+    def interrupted(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == after:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dialogues, "batches", interrupted)
+        with pytest.raises(SystemExit, match="interrupted: what was done is saved"):
+            finetune_smollm2.run([*SETTINGS, "--output-dir", str(tmp_path)])
+    assert len(losses_of(tmp_path)) == after
+    assert train(tmp_path, "--resume") == whole[1]
+    assert adapter(tmp_path) == adapter(whole[0])
+
+
+def test_a_signal_stops_it_with_one_line_and_all_that_was_done_saved(tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
+    code = "import sys; from tests.parity.tiny_finetune import run; run(sys.argv[1:])"
+    many = [*SETTINGS[:-1], "5000", "--output-dir", str(tmp_path)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *many],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 200
+    while not list(tmp_path.glob("checkpoints/[0-9]*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    errors = child.communicate(timeout=100)[1].strip().splitlines()
+    assert child.returncode == 1
+    assert errors[-1] == "interrupted: what was done is saved, go on with --resume"
+    assert len(losses_of(tmp_path)) >= 20
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
+def test_a_mesh_gives_the_same_losses(whole, tmp_path, mesh):
+    more = ("--mesh", mesh, "--batch-size", "8") if mesh == "8x1" else ("--mesh", mesh)
+    losses = train(tmp_path, *more)
+    if mesh == "4x2":
+        np.testing.assert_allclose(losses, whole[1], rtol=1e-4)
+    assert losses[-1] != losses[0]
+
+
+REFUSED = [
+    (["--resume"], "error: there is no run to resume in "),
+    (["--mesh", "3x2"], "error: --mesh 3x2 must be DATAxMODEL, such as 8x1, with the 8 devices"),
+    (["--mesh", "two"], "error: --mesh two must be DATAxMODEL"),
+    (["--mesh", "8x1"], "error: --batch-size 4 does not divide by the mesh 8x1"),
+    (["--ask", "Who?"], "adapter is no adapter"),
+    (["--output-dir", "/sys/nowhere"], "error: .*/sys/nowhere"),
+]
+
+
+@pytest.mark.parametrize("more, message", REFUSED, ids=lambda value: str(value)[:30])
+def test_what_it_cannot_do_it_says_in_one_line_and_leaves_nothing(tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message) as exit:
+        finetune_smollm2.run([*SETTINGS, "--output-dir", str(tmp_path / "out"), *more])
+    assert "\n" not in str(exit.value)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "holds a run already: go on with --resume"),
+        (["--resume", "--rank", "8"], "--resume needs the settings of the run in .*'rank': 4"),
+    ],
+    ids=["again", "other settings"],
+)
+def test_a_run_that_is_there_is_left_as_it_is(whole, more, message):
+    before = files(whole[0])
+    with pytest.raises(SystemExit, match=message):
+        finetune_smollm2.run([*SETTINGS, "--output-dir", str(whole[0]), *more])
+    assert files(whole[0]) == before
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "yaml"])
+def test_a_missing_extra_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"error: .*{package}.*pip install -e \"\.\[examples\]\""):
+        finetune_smollm2.run([*SETTINGS, "--output-dir", str(tmp_path / "out")])
+
+
+def test_a_full_disk_is_told_in_one_line_and_what_was_saved_before_stays(tmp_path):
+    command = small_disk(tmp_path, "2m")
+    if command is None:
+        pytest.skip("no disk of one's own can be mounted here: no user namespaces")
+    code = (
+        "import sys, json, pathlib, os; from tests.parity import tiny_finetune as t;"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "try: t.run(sys.argv[1:])\n"
+        "except SystemExit as exit: print(exit)\n"
+        "from tests.parity.test_finetune import losses_of; print(len(losses_of(folder)))"
+    )
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
+    settings = [*SETTINGS[:-1], "300", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code, *settings], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *_, told, kept = done.stdout.splitlines()
+    assert told.startswith("error: ")
+    assert int(kept) >= 20
+
+
+def test_the_optimizer_warms_up_and_decays():
+    run = adapter_training.Run(100, 4, 1e-3, 4, 32, 0)
+    tx, weights = adapter_training.optimizer(run), {"w": np.ones(3, np.float32)}
+    state, sizes = tx.init(weights), []
+    for _ in range(100):
+        updates, state = tx.update({"w": np.ones(3, np.float32)}, state, weights)
+        sizes.append(float(np.abs(updates["w"]).max()))
+    assert sizes[0] == 0
+    assert np.argmax(sizes) in range(9, 12)
+    assert sizes[-1] < 0.2 * max(sizes)
