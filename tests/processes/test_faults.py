@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 import randlora_jax as rl
@@ -24,11 +25,15 @@ CONTEXT.set_forkserver_preload(["tests.processes.victims"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def importable():
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [before])])
-    yield
-    os.environ["PYTHONPATH"] = before or ""
+def environment():
+    """Of the processes that are started: they find these files, and have one device."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    jax.devices()  # ours are eight by now, whatever the environment says from here on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("XLA_FLAGS", "")
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        yield
 
 
 def test_a_run_killed_fifty_times_while_it_saves_ends_as_one_that_was_never_killed(tmp_path):

@@ -36,8 +36,10 @@ def mesh(data, model):
 
 def base(on=None, dtype=jnp.float32):
     """The base's variables, and if there is a mesh, divided over all of it."""
-    params = jax.jit(Blocks().init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
-    params = jax.tree.map(lambda a: np.asarray(a.astype(dtype)), params)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: (rng.standard_normal(shape) / 4).astype(dtype)
+    kernels = {"up": lambda: draw(16, 32), "down": lambda: draw(32, 16)}
+    params = {f"{name}_{i}": {"kernel": kernels[name]()} for name in kernels for i in range(2)}
     spec = lambda path: P("data", "model") if path[0].key.startswith("up") else P("model", "data")
     put = lambda path, a: jax.device_put(a, NamedSharding(on, spec(path)))
     place = put if on else lambda path, a: jnp.asarray(a)
