@@ -108,7 +108,7 @@ def train(run, model, tokenizer, config, variables, pairs, folder, mesh=None):
     def update(trainable, opt_state, frozen, batch):
         def mean_loss(trainable):
             total, count = sums(model, rl.combine(trainable, frozen), batch)
-            return total / count
+            return total / jnp.maximum(count, 1)
 
         loss, gradients = jax.value_and_grad(mean_loss)(trainable)
         updates, opt_state = tx.update(gradients, opt_state, trainable)

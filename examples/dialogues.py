@@ -62,6 +62,15 @@ def encode(pairs, tokenizer, seq_len):
     return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": mask[:, 1:]}
 
 
+def check_length(pairs, tokenizer, seq_len):
+    """Raises a ValueError where prompts fill the sequences, and nothing is left to learn from."""
+    cut = int((encode(pairs, tokenizer, seq_len)["mask"].sum(1) == 0).sum())
+    if cut > len(pairs) // 10:
+        raise ValueError(
+            f"--seq-len {seq_len} cuts the answers of {cut} of {len(pairs)} pairs off: give more"
+        )
+
+
 def batches(pairs, tokenizer, batch_size, seq_len, seed, start=0):
     """Endless training batches of `encode`, (B, L) each, from number `start` on.
 

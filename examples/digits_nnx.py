@@ -202,6 +202,9 @@ def plot(rows, path):
         mine = sorted((m.parameters, t.mean(), t.std()) for m, t, _ in rows if m.family == family)
         axes.errorbar(*zip(*mine, strict=True), marker=marker, capsize=3, label=family)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy")
+    counts = [256, 512, 1024, 2048, 4096, 8192]
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks([], minor=True)
     axes.set_title("Digits with shuffled pixels")
     axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)

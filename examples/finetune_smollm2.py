@@ -112,6 +112,8 @@ def main(argv=None):
         raise ValueError(f"--batch-size {run.batch_size} does not divide by the mesh {args.mesh}")
     sizes, params = gguf_weights.load()
     llama, tokenizer = smollm2.Llama(sizes), gguf_weights.tokenizer()
+    pairs, held_out = dialogues.pairs()
+    dialogues.check_length(pairs, tokenizer, run.seq_len)
     adapter_training.begin(run, folder, args.resume)
     config = rl.RandLoraConfig(
         r=run.rank, randlora_alpha=20 * run.rank, target_modules=PROJECTIONS,
@@ -124,7 +126,6 @@ def main(argv=None):
     variables = meshes.put(variables, mesh)
     a_device = run.batch_size * run.seq_len // (mesh.shape["data"] if mesh else 1)
     print(rl.summary(variables, config, tokens=a_device))
-    pairs, held_out = dialogues.pairs()
     tests = dialogues.held_out_batches(held_out, tokenizer, 8, run.seq_len)
     asked = [q for q, _ in held_out if len(q) > 12][:: max(1, len(held_out) // 3)][:3]
     before = base.loss({"params": params}, tests)

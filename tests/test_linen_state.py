@@ -130,6 +130,11 @@ def test_init_of_a_method_adapts_what_the_method_calls():
     assert set(variables["randlora"]) == {"up"}
 
 
+def test_a_model_that_is_adapted_already_is_refused():
+    with pytest.raises(ValueError, match="RandLora already: name its adapters"):
+        RandLora(RandLora(Block(), CONFIG), CONFIG)
+
+
 def test_an_unknown_method_raises_and_names_it():
     model, variables, _ = both(Setup(), X)
     with pytest.raises(ValueError, match="method='enocde' is none of Setup's methods"):

@@ -81,6 +81,8 @@ class RandLora(nn.Module):
 
     def __post_init__(self):
         base = self.base
+        if isinstance(base, RandLora):
+            raise ValueError("base is a RandLora already: name its adapters in one config, {...}")
         # As an attribute of ours it would be adopted: under the name "base", with keys that
         # depend on it. It is bound as Flax binds an outermost module instead.
         object.__setattr__(self, "base", None)

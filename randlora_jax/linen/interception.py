@@ -76,10 +76,8 @@ class Discover:
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
-        kind = type(module).__name__
-        # A class that nn.map_variables made can be told by its name alone.
-        maps = isinstance(module, (nn.WeightNorm, nn.SpectralNorm)) or kind.startswith("Map_variab")
-        self.mapping += [kind] * maps
+        maps = isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
+        self.mapping += [type(module).__name__] * maps
         y = next_fun(*args, **kwargs)
         if maps:
             self.mapping.pop()

@@ -11,7 +11,7 @@ import smollm2
 SIZES = smollm2.LlamaConfig(
     vocab_size=49152, hidden_size=32, ffn_size=64, layers=2, heads=4, kv_heads=2
 )
-SETTINGS = ["--seq-len", "32", "--rank", "4", "--batch-size", "4", "--steps", "6"]
+SETTINGS = ["--seq-len", "64", "--rank", "4", "--batch-size", "4", "--steps", "6"]
 
 
 @functools.cache
