@@ -100,6 +100,7 @@ def main(argv=None):
     if args.ask:
         print(ask(folder, args.ask))
         return
+    import matplotlib  # noqa: F401 (if it is missing, now is the time to say so)
     from rich.console import Console
     from rich.table import Table
 

@@ -65,7 +65,7 @@ def test_it_saves_what_it_trained_and_draws_the_losses(whole):
     assert adapter(folder)
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize("after", [1, 4])
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatch, after):
     batches = dialogues.batches
 
@@ -103,18 +103,13 @@ def test_a_signal_stops_it_with_one_line_and_all_that_was_done_saved(tmp_path):
     assert len(losses_of(tmp_path)) >= 20
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
-def test_a_mesh_gives_the_same_losses(whole, tmp_path, mesh):
-    more = ("--mesh", mesh, "--batch-size", "8") if mesh == "8x1" else ("--mesh", mesh)
-    losses = train(tmp_path, *more)
-    if mesh == "4x2":
-        np.testing.assert_allclose(losses, whole[1], rtol=1e-4)
-    assert losses[-1] != losses[0]
+def test_a_mesh_gives_the_same_losses(whole, tmp_path):
+    np.testing.assert_allclose(train(tmp_path, "--mesh", "4x2"), whole[1], rtol=1e-4)
 
 
 REFUSED = [
     (["--resume"], "error: there is no run to resume in "),
-    (["--seq-len", "30"], "error: --seq-len 30 cuts the answers of 7.. of 7.. pairs off"),
+    (["--seq-len", "30"], "error: --seq-len 30 cuts the answers of 693 of 693 pairs off"),
     (["--mesh", "3x2"], "error: --mesh 3x2 must be DATAxMODEL, such as 8x1, with the 8 devices"),
     (["--mesh", "two"], "error: --mesh two must be DATAxMODEL"),
     (["--mesh", "8x1"], "error: --batch-size 4 does not divide by the mesh 8x1"),
@@ -152,29 +147,28 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it(tmp_path, monk
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=rf"error: .*{package}.*pip install -e \"\.\[examples\]\""):
         finetune_smollm2.run([*SETTINGS, "--output-dir", str(tmp_path / "out")])
+    assert not files(tmp_path)
 
 
 def test_a_full_disk_is_told_in_one_line_and_what_was_saved_before_stays(tmp_path):
-    command = small_disk(tmp_path, "2m")
+    command = small_disk(tmp_path, "8m")
     if command is None:
         pytest.skip("no disk of one's own can be mounted here: no user namespaces")
     code = (
-        "import sys, json, pathlib, os; from tests.parity import tiny_finetune as t;"
-        "folder = pathlib.Path(sys.argv[-1])\n"
-        "try: t.run(sys.argv[1:])\n"
-        "except SystemExit as exit: print(exit)\n"
-        "from tests.parity.test_finetune import losses_of; print(len(losses_of(folder)))"
+        "import sys, pathlib; from tests.parity import test_finetune, tiny_finetune;"
+        "tiny_finetune.run_while_the_disk_fills(sys.argv[1:]);"
+        "print(len(test_finetune.losses_of(pathlib.Path(sys.argv[-1]))))"
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
-    settings = [*SETTINGS[:-1], "300", "--output-dir", str(tmp_path / "out")]
+    settings = [*SETTINGS[:-1], "60", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, sys.executable, "-c", code, *settings], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     *_, told, kept = done.stdout.splitlines()
     assert told.startswith("error: ")
-    assert int(kept) >= 20
+    assert int(kept) == 20
 
 
 def test_the_optimizer_warms_up_and_decays():

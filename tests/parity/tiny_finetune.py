@@ -1,7 +1,9 @@
 """The example with a tiny Llama of random weights: real text, tokenizer, training and files."""
 
 import functools
+import pathlib
 
+import dialogues
 import finetune_smollm2
 import gguf_weights
 import jax
@@ -23,3 +25,29 @@ def load(path=None):
 def run(argv):
     gguf_weights.load = load
     finetune_smollm2.run(argv)
+
+
+def run_while_the_disk_fills(argv):
+    """`run`, on a disk that somebody else fills after 30 steps; the folder is the last of argv."""
+    batches = dialogues.batches
+
+    def filling(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == 30:
+                fill(pathlib.Path(argv[-1]) / "filler")
+            yield batch
+
+    dialogues.batches = filling
+    try:
+        run(argv)
+    except SystemExit as exit:
+        print(exit)
+
+
+def fill(path):
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1000))
+        except OSError:
+            pass
