@@ -20,6 +20,7 @@ import randlora_jax as rl
 from tests.checkpoints import bits, files
 from tests.parity.tiny_finetune import SETTINGS, load
 from tests.processes.disks import small_disk
+from tests.processes.ports import free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -105,6 +106,35 @@ def test_a_signal_stops_it_with_one_line_and_all_that_was_done_saved(tmp_path):
 
 def test_a_mesh_gives_the_same_losses(whole, tmp_path):
     np.testing.assert_allclose(train(tmp_path, "--mesh", "4x2"), whole[1], rtol=1e-4)
+
+
+def test_two_processes_give_the_same_losses_and_one_voice(whole, tmp_path):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    env["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
+    code = "import sys; from tests.parity.tiny_finetune import run; run(sys.argv[1:])"
+    given = [*SETTINGS, "--mesh", "4x2", "--distributed", "--output-dir", str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *given],
+            env={**env, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "logits identical" in said[0][0]
+    # The collectives' own library reports its connections.
+    assert not [line for line in said[1][0].splitlines() if not line.startswith("[Gloo]")]
+    np.testing.assert_allclose(losses_of(tmp_path), whole[1], rtol=1e-4)
 
 
 REFUSED = [

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -14,14 +13,9 @@ import pytest
 import randlora_jax as rl
 from tests.checkpoints import bits
 from tests.processes import training
+from tests.processes.ports import free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
