@@ -8,6 +8,7 @@ python examples/finetune_smollm2.py --ask "Who are you?"  # answer with the save
 
 import argparse
 import dataclasses
+import importlib
 import math
 import pathlib
 import signal
@@ -100,10 +101,10 @@ def main(argv=None):
     if args.ask:
         print(ask(folder, args.ask))
         return
-    import matplotlib  # noqa: F401 (if it is missing, now is the time to say so)
     from rich.console import Console
     from rich.table import Table
 
+    importlib.import_module("matplotlib")  # if it is missing, now is the time to say so
     names = [field.name for field in dataclasses.fields(adapter_training.Run)]
     run = adapter_training.Run(**{name: getattr(args, name) for name in names})
     if args.distributed:

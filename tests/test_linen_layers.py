@@ -9,16 +9,13 @@ from jax import lax
 
 from randlora_jax import RandLoraConfig, register_layer
 from randlora_jax.linen import RandLora
-from tests.linen_cases import (  # noqa: F401 (pytest runs the tests among these)
+from tests import linen_cases
+from tests.linen_cases import (
     Case,
     R,
     assert_close,
     assert_same_bits,
     normal,
-    test_gradients_are_those_of_kernel_plus_update,
-    test_output_is_bit_identical_before_training,
-    test_output_is_that_of_kernel_plus_update,
-    test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model,
 )
 from tests.linen_models import PLAIN, Conv1D, GemmaEinsum, PlainEinsum
 
@@ -142,6 +139,19 @@ CASES = {
     "a subclass that calls its super": Case(LoudDense(7), (normal(0, 4, 5),), PLAIN),
     "a subclass that ignores dot_general": Case(OwnDense(7), (normal(0, 4, 5),), PLAIN),
 }
+
+
+# For each case below.
+test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model = (
+    linen_cases.test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model
+)
+test_output_is_bit_identical_before_training = (
+    linen_cases.test_output_is_bit_identical_before_training
+)
+test_output_is_that_of_kernel_plus_update = linen_cases.test_output_is_that_of_kernel_plus_update
+test_gradients_are_those_of_kernel_plus_update = (
+    linen_cases.test_gradients_are_those_of_kernel_plus_update
+)
 
 
 @pytest.fixture(params=CASES)

@@ -5,16 +5,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.linen_cases import (  # noqa: F401 (pytest runs the tests among these)
+from tests import linen_cases
+from tests.linen_cases import (
     Case,
     as_numpy,
     assert_close,
     assert_same_bits,
     normal,
-    test_gradients_are_those_of_kernel_plus_update,
-    test_output_is_bit_identical_before_training,
-    test_output_is_that_of_kernel_plus_update,
-    test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model,
 )
 from tests.linen_models import (
     PLAIN,
@@ -91,6 +88,19 @@ CASES = {
     "boxed kernels": Case(Boxed(), (X,), block_kernels()),
     "boxed kernels in a scan": Case(BoxedScan(), (X,), block_kernels("layers/inner/", (0,))),
 }
+
+
+# For each case below.
+test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model = (
+    linen_cases.test_the_base_has_the_paths_and_initial_values_of_the_unwrapped_model
+)
+test_output_is_bit_identical_before_training = (
+    linen_cases.test_output_is_bit_identical_before_training
+)
+test_output_is_that_of_kernel_plus_update = linen_cases.test_output_is_that_of_kernel_plus_update
+test_gradients_are_those_of_kernel_plus_update = (
+    linen_cases.test_gradients_are_those_of_kernel_plus_update
+)
 
 
 @pytest.fixture(params=CASES)

@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -210,7 +209,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
     folder = parser.parse_args().output_dir
-    warnings.filterwarnings("ignore", message="Specified to not save basis_A")
     torch.set_num_threads(1)  # the order of sums must not depend on the machine
     published = json.loads((Path(__file__).parent / "published.json").read_text())
     if found := mismatches(published):

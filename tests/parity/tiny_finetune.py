@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import resource
 
 import dialogues
 import finetune_smollm2
@@ -27,14 +28,14 @@ def run(argv):
     finetune_smollm2.run(argv)
 
 
-def run_while_the_disk_fills(argv):
-    """`run`, on a disk that somebody else fills after 30 steps; the folder is the last of argv."""
+def run_while_the_disk_fills(argv, fails):
+    """`run`, on a disk that is full after 30 steps; the folder is the last of argv."""
     batches = dialogues.batches
 
     def filling(*args, **kwargs):
         for i, batch in enumerate(batches(*args, **kwargs)):
             if i == 30:
-                fill(pathlib.Path(argv[-1]) / "filler")
+                fails(pathlib.Path(argv[-1]) / "filler")
             yield batch
 
     dialogues.batches = filling
@@ -51,3 +52,8 @@ def fill(path):
                 file.write(bytes(1000))
         except OSError:
             pass
+
+
+def limit(path):
+    del path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
