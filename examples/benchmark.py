@@ -28,7 +28,7 @@ from flax import linen as nn
 import randlora_jax as rl
 from randlora_jax import trees
 from randlora_jax.linen import RandLora
-from randlora_jax.products import product_flops
+from randlora_jax.ops.costs import product_flops
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "full fine-tuning"
@@ -123,7 +123,7 @@ def methods(config, params, tokens, rank):
     # The frozen base, as an adapter meets it: gradients reach the first layer, but no kernel.
     key = "input_layernorm"
     first = {"layers": {key: params["layers"][key]}}
-    rest = trees.select(params, lambda path, _: key not in path)
+    rest = trees.filtered(params, lambda path, _: key not in path)
     apply = lambda t, f, x: llama.apply({"params": trees.union(f, t)}, x)
     yield jax_method("frozen base", apply, first, rest, tokens)
     ways = [("auto", {}), ("merged", {}), ("factored", {}), ("auto", {"sparse": True})]

@@ -5,9 +5,9 @@ from randlora_jax.bases import draw as draw_bases
 from randlora_jax.budget import matching_rank, num_parameters
 from randlora_jax.checkpoint import AdapterRestore, AdapterSave, load_adapter, save_adapter
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.dot_general import RandLoraDotGeneral, delta_weight
-from randlora_jax.layers import register_layer
 from randlora_jax.merging import merge
+from randlora_jax.ops import RandLoraDotGeneral, delta_weight
+from randlora_jax.registry import register_layer
 from randlora_jax.sharding import sharding
 from randlora_jax.summary import summary
 from randlora_jax.training import combine, labels, partition, split

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,6 @@ def sign_probability(config: RandLoraConfig, min_dim: int) -> float | None:
     return min(1 / math.sqrt(min_dim), 0.5) if config.very_sparse else None
 
 
-def nbytes(bases: Bases) -> int:
+def nbytes(bases: Mapping[str, Any]) -> int:
     """Bytes that the bases take, in memory and in a checkpoint."""
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in bases.values())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from randlora_jax import merging, trees
+from randlora_jax import trees
 from randlora_jax.bases import num_bases
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.stored import sites_of
 
 
 def num_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:
@@ -51,19 +52,16 @@ def matching_rank(
         raise ValueError(
             f"give one budget: lora_rank={lora_rank!r} and max_parameters={max_parameters!r}"
         )
-    shapes = []
-    for _, _, layout, _, (lam, _) in merging.adapted(variables, config, ambiguous=True):
-        size = 1
-        for axis in layout.stack:
-            size *= lam.shape[axis]
-        shapes += [layout.kernel.sides] * size
-    budget = max_parameters
-    if budget is None:
-        budget = sum(lora_rank * (ins + outs) for ins, outs in shapes)
+    sites = sites_of(variables, config, guess=True)
+    shapes = [features for site in sites for features in [site.kernel.features] * site.count]
+    if max_parameters is None:
+        max_parameters = sum((lora_rank or 0) * (ins + outs) for ins, outs in shapes)
     counts = {r: num_parameters(shapes, r) for r in range(1, max(map(min, shapes)) + 1)}
     # Past the smaller side there is one basis, and more rank is more parameters again.
-    within = [r for r, count in counts.items() if count <= budget]
+    within = [r for r, count in counts.items() if count <= max_parameters]
     if not within:
         least = min(counts.values())
-        raise ValueError(f"no r trains as few as {budget:,} parameters: the least is {least:,}")
+        raise ValueError(
+            f"no r trains as few as {max_parameters:,} parameters: the least is {least:,}"
+        )
     return max(within, key=lambda r: (counts[r], -r))

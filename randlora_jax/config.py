@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 ALL_LINEAR = "all-linear"
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
@@ -18,7 +18,8 @@ _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_patter
 class RandLoraConfig:
     """What to adapt and how (PEFT's `RandLoraConfig`, plus `exclude_modules`).
 
-    Lists are kept as tuples, so that a config is hashable and can be static under `jax.jit`.
+    Lists and sets are kept as tuples, so that a config is hashable and can be static under
+    `jax.jit`.
 
     Attributes:
       r: rank of each random basis. More rank is fewer parameters: `r * n + n * min(in, out)` a
@@ -62,12 +63,12 @@ class RandLoraConfig:
     very_sparse: bool = False
     randlora_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: str = "none"
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
-    modules_to_save: tuple[str, ...] | None = None
+    bias: Literal["none", "all", "randlora_only"] = "none"
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | str | None = None
+    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
     task_type: str | None = None
     auto_mapping: Any = dataclasses.field(default=None, hash=False)
@@ -76,7 +77,7 @@ class RandLoraConfig:
     inference_mode: bool = False
     peft_version: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("r", "projection_prng_key"):
             value = getattr(self, name)
             if not _is_integer(value):
@@ -103,7 +104,7 @@ class RandLoraConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         self._check_layers()
 
-    def _check_layers(self):
+    def _check_layers(self) -> None:
         given = self.layers_to_transform
         if given is None:
             if self.layers_pattern is not None:
@@ -112,8 +113,8 @@ class RandLoraConfig:
                     "indices of the layers to adapt"
                 )
             return
-        several = isinstance(given, Collection) and not isinstance(given, str)
-        layers = tuple(given) if several else (given,)
+        layers: tuple[Any, ...]
+        layers = tuple(given) if isinstance(given, Collection) else (given,)
         if not layers or not all(_is_integer(i) and i >= 0 for i in layers):
             raise ValueError(
                 f"layers_to_transform must be indices of layers, 0 or more, got {given!r}"
@@ -124,8 +125,9 @@ class RandLoraConfig:
                 "a regular expression: write the layers into the expression, or give "
                 "target_modules as a list"
             )
-        layers = tuple(int(i) for i in layers)
-        object.__setattr__(self, "layers_to_transform", layers if several else layers[0])
+        indices = tuple(int(i) for i in layers)
+        several = isinstance(given, Collection)
+        object.__setattr__(self, "layers_to_transform", indices if several else indices[0])
 
     @property
     def scaling(self) -> float:

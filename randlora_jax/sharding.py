@@ -9,8 +9,9 @@ import flax.linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from randlora_jax import merging, trees
+from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.stored import sites_of
 
 
 def sharding(
@@ -52,31 +53,21 @@ def sharding(
       >>> sharding(variables, RandLoraConfig(r=2))["randlora"]["randlora_gamma"].spec
       P(None, 'model')
     """
-    leaves = dict(trees.items(variables))
-    found = (getattr(nn.unbox(leaf), "sharding", None) for leaf in leaves.values())
+    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
+    found = (getattr(leaf, "sharding", None) for leaf in leaves.values())
     meshes = [s.mesh for s in found if isinstance(s, NamedSharding)]
-    mesh = mesh or (meshes[0] if meshes else None)
-    if mesh is None:
+    on = mesh or (meshes[0] if meshes else None)
+    if on is None:
         raise ValueError("mesh is None, and no array is on one: give the mesh")
-    specs = {path: _spec(leaf) for path, leaf in leaves.items()}
-    for path, where, layout, _, (lam, gamma) in merging.adapted(variables, config, ambiguous=True):
-        kernel = list(specs[("params", *where)])
-        kernel += [None] * (nn.unbox(leaves[("params", *where)]).ndim - len(kernel))
-        stack = [kernel.pop(axis) for axis in layout.stack]
-        ins, outs = layout.kernel.input_axes, layout.kernel.output_axes
-        small = ins if layout.kernel.in_features <= layout.kernel.out_features else outs
-        # Several axes are one in gamma, of which only the slowest can be divided.
-        along = kernel[small[0]] if not any(kernel[i] for i in small[1:]) else None
-        if set(data_axes) & set((along,) if isinstance(along, str) else along or ()):
-            along = None
-        for name, scales, core in (
-            ("randlora_lambda", lam, [None, None]), ("randlora_gamma", gamma, [None, along]),
-        ):  # fmt: skip
-            for axis, name_of_stack in reversed(list(zip(layout.stack, stack, strict=True))):
-                core.insert(axis if axis >= 0 else len(core) + 1 + axis, name_of_stack)
-            assert len(core) == scales.ndim
-            specs[("randlora", *path, name)] = P(*core)
-    return trees.build({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
+    specs = {path: _spec(leaf) for path, leaf in trees.items(variables)}
+    for site in sites_of(variables, config, guess=True):
+        kernel = ("params", *site.kernel_path)
+        names = [*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel]))]
+        layer, stack = site.stack.split(names)
+        named = [None if set(data_axes) & set(_mesh_axes(entry)) else entry for entry in layer]
+        for scale, axes in site.scale_axes(site.stack.join(named, stack)).items():
+            specs[("randlora", *site.path, scale)] = P(*axes)
+    return trees.build({path: NamedSharding(on, spec) for path, spec in specs.items()})
 
 
 def _spec(leaf: Any) -> P:
@@ -85,3 +76,8 @@ def _spec(leaf: Any) -> P:
         return leaf.get_partition_spec()
     kind = getattr(leaf, "sharding", None)
     return kind.spec if isinstance(kind, NamedSharding) else P()
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh's axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())

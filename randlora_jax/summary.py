@@ -8,10 +8,12 @@ import flax.linen as nn
 import numpy as np
 
 from randlora_jax import bases as bases_lib
-from randlora_jax import merging, trees
+from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.kernels import Kernel
-from randlora_jax.products import Strategy, cheapest, product_flops
+from randlora_jax.ops.costs import Strategy, cheapest, product_flops
+from randlora_jax.sites import Kernel
+from randlora_jax.stored import sites_of
+from randlora_jax.tables import readable, table_of
 from randlora_jax.training import split
 
 
@@ -49,13 +51,15 @@ def summary(
       layer   kernel  lambda  gamma   trains  forward  backward  over frozen
       (root)  (6, 4)  (2, 2)  (2, 4)      12  merged   merged           1.51
     """
-    params = dict(trees.items(variables["params"]))
-    rows = []
-    for path, where, layout, _, scales in merging.adapted(variables, config, ambiguous=True):
-        count = sum(math.prod(x.shape) for x in scales)
-        shapes = (str(x.shape) for x in (nn.unbox(params[where]), *scales))
-        cost = _cost(layout.kernel, config.r, tokens, strategy) if tokens else ()
-        rows.append((".".join(path) or "(root)", *shapes, f"{count:,}", *cost))
+    rows: list[list[str]] = []
+    for site in sites_of(variables, config, guess=True):
+        kernel = trees.get(variables["params"], site.kernel_path)
+        arrays = (kernel, *site.scales(variables["randlora"]))
+        shapes = [nn.unbox(array).shape for array in arrays]
+        count = sum(math.prod(shape) for shape in shapes[1:])
+        cost = _cost(site.kernel, config.r, tokens, strategy) if tokens else ()
+        name = trees.dotted(site.path) or "(root)"
+        rows.append([name, *map(str, shapes), f"{count:,}", *cost])
     trainable, _ = split(variables, config)
     trains, train_bytes = _size(trainable)
     total = trains + _size(variables["params"])[0] - _size(trainable.get("params", {}))[0]
@@ -66,18 +70,18 @@ def summary(
         ("bases", f"{readable(held)}, one pair for all layers"),
         ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
-    head = ("layer", "kernel", "lambda", "gamma", "trains")
-    head += ("forward", "backward", "over frozen") if tokens else ()
+    head = ["layer", "kernel", "lambda", "gamma", "trains"]
+    head += ["forward", "backward", "over frozen"] if tokens else []
     lines = table_of([head, *rows], right=(4, 7))
     return "\n".join([*lines, "", *table_of(facts)])
 
 
-def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str, str, str]:
+def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str, ...]:
     """(way forward, way backward, operations over those of the frozen layer)."""
     m = math.prod(kernel.scale_shapes(r)[0])
-    ways = cheapest(tokens, *kernel.sides, m, strategy)
-    frozen = 4 * tokens * math.prod(kernel.sides)
-    over = sum(product_flops(tokens, *kernel.sides, m, *ways)) / frozen
+    ways = cheapest(tokens, *kernel.features, m, strategy)
+    frozen = 4 * tokens * math.prod(kernel.features)
+    over = sum(product_flops(tokens, *kernel.features, m, *ways)) / frozen
     return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
 
 
@@ -87,23 +91,3 @@ def _size(tree: trees.Tree) -> tuple[int, int]:
     return sum(sizes), sum(
         n * np.dtype(a.dtype).itemsize for n, a in zip(sizes, arrays, strict=True)
     )
-
-
-def readable(n: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.4g} {unit}"
-        n /= 1000
-    return f"{n:.4g} GB"
-
-
-def table_of(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if i in right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines

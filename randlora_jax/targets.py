@@ -1,24 +1,46 @@
-"""Which modules an adapter acts on: PEFT's rules over dotted module paths."""
+"""Which modules an adapter acts on: by our rules over dotted paths, and by PEFT's."""
 
 from __future__ import annotations
 
 import difflib
+import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from randlora_jax.config import RandLoraConfig
 
 
-def name_of(path: Iterable[str]) -> str:
-    """A module's path as PEFT writes it: joined by dots."""
-    return ".".join(path)
+class Selection(enum.Enum):
+    """Whether a config means a module."""
+
+    NO = "no"
+    YES = "yes"
+    BY_LAYER = "some layers"  # if it is a stack of layers, those of `layers_to_transform`
+
+
+def selection(config: RandLoraConfig, name: str) -> Selection:
+    """Whether the config means the module: `matches`, and in one of `layers_to_transform`.
+
+    Example:
+      >>> config = RandLoraConfig(target_modules=["up"], layers_to_transform=[1, 3])
+      >>> [selection(config, name).name for name in ("layers_1.up", "layers.2.up", "layers.up")]
+      ['YES', 'NO', 'BY_LAYER']
+    """
+    if not matches(config, name):
+        return Selection.NO
+    by_layer = _selection_of_layer(config, name)
+    by_name = not isinstance(config.target_modules, str) and name in (config.target_modules or ())
+    # A whole name says which layer it means, as in PEFT, unless it is that of a stack of them.
+    if by_name and (by_layer is Selection.NO or "." not in name):
+        return Selection.YES
+    return by_layer
 
 
 def matches(config: RandLoraConfig, name: str) -> bool:
     """Whether `target_modules` (less `exclude_modules` and `modules_to_save`) means this module.
 
     A list matches whole paths or suffixes at a dot, a string is a regular expression for the whole
-    path, "all-linear" matches all; layers are counted by `in_layers`.
+    path, "all-linear" matches all; layers are not counted here.
 
     Example:
       >>> matches(RandLoraConfig(target_modules=["q_proj"]), "layers.attn.q_proj")
@@ -28,9 +50,28 @@ def matches(config: RandLoraConfig, name: str) -> bool:
     """
     if is_saved_whole(config, name):
         return False
-    if config.exclude_modules is not None and hits(config.exclude_modules, name):
+    if config.exclude_modules is not None and names_module(config.exclude_modules, name):
         return False
-    return config.all_linear or hits(config.target_modules or (), name)
+    return config.all_linear or names_module(config.target_modules or (), name)
+
+
+def peft_matches(config: RandLoraConfig, name: str) -> bool:
+    """Whether PEFT takes the module for a target: as `selection`, but for its count of layers.
+
+    A number in PEFT's names is a part of its own, "layers.3.mlp", and nothing is stacked.
+    """
+    targets = config.target_modules or ()
+    if is_saved_whole(config, name) or not names_module(targets, name):
+        return False
+    if config.layers_to_transform is None or isinstance(targets, str) or name in targets:
+        return True
+    if config.layers_pattern:
+        patterns = _several(config.layers_pattern)
+        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
+        number = next((f for f in found if f), None)
+    else:
+        number = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return number is not None and int(number[1]) in layer_indices(config)
 
 
 def is_saved_whole(config: RandLoraConfig, name: str) -> bool:
@@ -39,44 +80,39 @@ def is_saved_whole(config: RandLoraConfig, name: str) -> bool:
     return any(re.fullmatch(rf"(.*\.)?{re.escape(part)}(\..*)?", name) for part in parts)
 
 
-def wanted(config: RandLoraConfig, name: str) -> bool | None:
-    """`matches`, and in one of `layers_to_transform`; None if that is for a stack to decide.
-
-    Example:
-      >>> config = RandLoraConfig(target_modules=["up"], layers_to_transform=[1, 3])
-      >>> [wanted(config, name) for name in ("layers_1.up", "layers.2.up", "layers.up")]
-      [True, False, None]
-    """
-    if not matches(config, name):
-        return False
-    kept = in_layers(config, name)
-    by_name = not isinstance(config.target_modules, str) and name in config.target_modules
-    # A whole name says which layer it means, as in PEFT, unless it is that of a stack of them.
-    return True if by_name and (kept is False or "." not in name) else kept
-
-
-def in_layers(config: RandLoraConfig, name: str) -> bool | None:
-    """Whether `layers_to_transform` keeps the module; None if its path has no layer number.
-
-    The number is a path's own part or the end of one: "layers.3.mlp" and "layers_3.mlp". Without
-    one, the module may be one of a stack, which has a leading axis for the layers instead.
-    """
-    if config.layers_to_transform is None:
-        return True
-    patterns = config.layers_pattern or (r"[^.]+?",)
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        found = re.match(rf"(?:.*?\.)??{pattern}[._](\d+)\.", name)
-        if found:
-            return int(found[1]) in layer_indices(config)
-    stack = config.layers_pattern is None or any(p in name.split(".") for p in patterns)
-    return None if stack else False
+def names_module(patterns: Iterable[str] | str, name: str) -> bool:
+    """Whether a regular expression means the whole path, or a list has it or a suffix of it."""
+    if isinstance(patterns, str):
+        return patterns == name or re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith("." + p) for p in patterns)
 
 
 def layer_indices(config: RandLoraConfig) -> tuple[int, ...]:
     """`layers_to_transform` in rising order."""
     layers = config.layers_to_transform
     return (layers,) if isinstance(layers, int) else tuple(sorted(set(layers or ())))
+
+
+def _selection_of_layer(config: RandLoraConfig, name: str) -> Selection:
+    """What `layers_to_transform` says of a module.
+
+    The number is a path's own part or the end of one: "layers.3.mlp" and "layers_3.mlp". Without
+    one, the module may be one of a stack, which has a leading axis for the layers instead.
+    """
+    if config.layers_to_transform is None:
+        return Selection.YES
+    patterns = _several(config.layers_pattern or r"[^.]+?")
+    for pattern in patterns:
+        found = re.match(rf"(?:.*?\.)??{pattern}[._](\d+)\.", name)
+        if found:
+            return Selection.YES if int(found[1]) in layer_indices(config) else Selection.NO
+    if config.layers_pattern is None or any(p in name.split(".") for p in patterns):
+        return Selection.BY_LAYER
+    return Selection.NO
+
+
+def _several(names: Iterable[str] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> None:
@@ -101,15 +137,15 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
                     "name to exclude_modules"
                 )
         targets = config.target_modules
-        for target in (targets,) if isinstance(targets, str) else targets:
+        for target in _several(targets):
             # Each must mean something; what is excluded on purpose still counts as a meaning.
             pattern = target if isinstance(targets, str) else (target,)
-            if not any(hits(pattern, name) for name in modules):
+            if not any(names_module(pattern, name) for name in modules):
                 raise ValueError(
                     f"target_modules: {target!r} matches no module; the nearest are "
                     f"{_some(_nearest(target, linear) or linear)}"
                 )
-    if not any(wanted(config, name) is not False for name in matched if name in linear):
+    if not any(selection(config, n) is not Selection.NO for n in matched if n in linear):
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules="
             f"{config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} and "
@@ -118,16 +154,9 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
         )
 
 
-def hits(patterns: Iterable[str] | str, name: str) -> bool:
-    """Whether a regular expression means a whole path, or a list one by path or suffix."""
-    if isinstance(patterns, str):
-        return patterns == name or re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith("." + p) for p in patterns)
-
-
 def _nearest(target: str, names: Iterable[str]) -> list[str]:
     # A path is near if it is as a whole, or if its last part is: people type "qproj" for "q_proj".
-    by_key = {}
+    by_key: dict[str, str] = {}
     for name in names:
         for key in (name, name.rsplit(".", 1)[-1]):
             by_key.setdefault(key, name)
@@ -135,6 +164,6 @@ def _nearest(target: str, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(by_key[key] for key in near))
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:8])
     return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none at all"

@@ -9,7 +9,7 @@ import optax
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.kernels import parse_label
+from randlora_jax.sites import parse_label
 
 FROZEN = "frozen"
 
@@ -35,7 +35,7 @@ def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
             return path[-1]
         if collection != "params":
             return FROZEN
-        if targets.is_saved_whole(config, targets.name_of(inside[:-1])):
+        if targets.is_saved_whole(config, trees.dotted(tuple(inside[:-1]))):
             return "modules_to_save"
         everywhere, here = config.bias == "all", tuple(inside[:-1]) in adapted
         wanted = everywhere or (config.bias == "randlora_only" and here)
@@ -62,8 +62,8 @@ def split(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any]
       True
     """
     named = dict(trees.items(labels(variables, config)))
-    trainable = trees.select(variables, lambda path, _: named[path] != FROZEN)
-    frozen = trees.select(variables, lambda path, _: named[path] == FROZEN)
+    trainable = trees.filtered(variables, lambda path, _: named[path] != FROZEN)
+    frozen = trees.filtered(variables, lambda path, _: named[path] == FROZEN)
     return trainable, frozen
 
 
@@ -100,12 +100,12 @@ def partition(
     """
     named = labels(variables, config)
     used = {label for _, label in trees.items(named)} - {FROZEN}
-    if not isinstance(transforms, Mapping):
-        transforms = dict.fromkeys(used, transforms)
-    missing = sorted(used - set(transforms))
+    by_label: dict[Any, optax.GradientTransformation] = {}
+    by_label |= transforms if isinstance(transforms, Mapping) else dict.fromkeys(used, transforms)
+    missing = sorted(used - set(by_label))
     if missing:
         raise ValueError(
             f"transforms has none for {missing}, which train: give one for each, or "
             "optax.set_to_zero()"
         )
-    return optax.partition({FROZEN: optax.set_to_zero(), **transforms}, named)
+    return optax.partition({FROZEN: optax.set_to_zero(), **by_label}, named)

@@ -22,6 +22,14 @@ def items(tree: Tree, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield (*prefix, key), tree[key]
 
 
+def get(tree: Tree, path: Path) -> Any:
+    """The leaf, or the tree, at a path; a KeyError if there is none."""
+    node: Any = tree
+    for key in path:
+        node = node[key]
+    return node
+
+
 def build(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     """The inverse of `items`."""
     tree: dict[str, Any] = {}
@@ -38,7 +46,7 @@ def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree) -> dict[str, Any]:
     return build({path: fn(path, leaf) for path, leaf in items(tree)})
 
 
-def select(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:
+def filtered(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:
     """The part of a tree whose leaves `keep` accepts."""
     return build({path: leaf for path, leaf in items(tree) if keep(path, leaf)})
 
@@ -52,3 +60,8 @@ def key_of(seed: int, path: Path) -> jax.Array:
     """A random key that depends on the seed and on where in the tree it is used."""
     key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32")
     return jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+
+
+def dotted(path: Path) -> str:
+    """A path as PEFT writes it: joined by dots."""
+    return ".".join(path)

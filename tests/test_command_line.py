@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import randlora_jax as rl
 from randlora_jax import peft
-from randlora_jax.__main__ import main
+from randlora_jax.cli import main
 from randlora_jax.linen import RandLora
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from randlora_jax import RandLoraConfig, RandLoraDotGeneral, delta_weight, draw_bases
-from randlora_jax.dot_general import prepare_scales
+from randlora_jax.ops.dot_general import prepare_scales
 
 SHAPES = ((13, 22), (22, 13))
 R = 5

@@ -64,8 +64,8 @@ def temporary(what, tokens, scan):
     params = jax.eval_shape(base.init, jax.random.key(0), x)["params"]
     if what in ("base", "lora"):
         is_new = lambda path, _: "_lora_" in path[-2]
-        trains = trees.select(params, is_new) if rank else {}
-        frozen = trees.select(params, lambda path, leaf: not is_new(path, leaf))
+        trains = trees.filtered(params, is_new) if rank else {}
+        frozen = trees.filtered(params, lambda path, leaf: not is_new(path, leaf))
         apply = lambda t, f, x: base.apply({"params": trees.union(f, t)}, x)
     else:
         model = RandLora(base, CONFIG, strategy=what)

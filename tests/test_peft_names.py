@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from randlora_jax import peft, register_layer
 from randlora_jax.linen import RandLora
-from randlora_jax.peft import torch_names
+from randlora_jax.peft.names import inverse
 from tests.peft_adapters import CONFIG, GOLDEN, WEIGHTS, close, golden_base, load
 
 
@@ -116,4 +116,4 @@ class TestNames:
 
     def test_two_names_for_one_place(self):
         with pytest.raises(ValueError, match="'a' and for 'b'"):
-            torch_names.inverse({"a": "x", "b": "x"})
+            inverse({"a": "x", "b": "x"})

@@ -73,7 +73,7 @@ class TestSaving:
 
     def test_a_save_that_was_killed_between_its_moves(self, folder):
         variables, config = load(folder)
-        folder.rename(folder.parent / "adapter.old")
+        folder.rename(folder.parent / ".adapter.replaced-0")
         assert same_trees(load(folder)[0], variables)
         peft.save_adapter(folder, variables, config)
         assert sorted(p.name for p in folder.parent.iterdir()) == ["adapter"]

@@ -1,109 +1,97 @@
-"""What a call of a Linen model says and shows: its method, its dropout, its layers."""
+"""What a call of a Linen model says: its method, its dropout, and which modules belong to it."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import freeze
+from flax.linen.module import InterceptorContext
 
-from randlora_jax import adapters, targets, trees
-from randlora_jax.kernels import SCALES, Kernel, parse_label
-from randlora_jax.linen.interception import Discover
-
-
-def discover(base, config, parameters, variables, args, kwargs, method=None, rngs=None):
-    """Traces the base: {path of scales: Kernel}, and the scales' shapes as they are stored."""
-    seen = Discover(config, parameters)
-    call = unbound(base, method)
-    _, kwargs = deterministic_of(call, args, kwargs)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
-
-    def trace(arrays):
-        arrays = iter(arrays)
-        whole = [next(arrays) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
-        args, kwargs = jax.tree.unflatten(treedef, whole)
-        # As init does, of which every model is capable: a cache is made and not used up. The
-        # key stands in for any other that is missing, and nothing is drawn from it.
-        keys = {"params": jax.random.key(0), **(rngs or {})}
-        with nn.intercept_methods(seen):
-            return base.init(keys, *args, method=traced_anew(call), mutable=True, **kwargs)[
-                "params"
-            ]
-
-    params = jax.eval_shape(trace, arrays)
-    targets.check(config, seen.modules)
-    if config.fan_in_fan_out and all(k.input_axes != (1,) for k in seen.found.values()):
-        warnings.warn(
-            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
-            stacklevel=3,
-        )
-    check_params(dict(trees.items(variables["params"])), params, seen.found)
-    shapes = trees.select(params, lambda path, _: path[-1] in SCALES)
-    boxed = any(isinstance(v, nn.meta.AxisMetadata) for _, v in trees.items(variables["params"]))
-    return adapters.cut_stacks(seen.found, shapes if boxed else nn.unbox(shapes), config)
+_FLAG = "randlora"
+_numbers = itertools.count()
 
 
-_calls = itertools.count()
+class OurCall:
+    """An interceptor's mark on the modules of one call.
+
+    An interceptor sees every module that runs meanwhile, also those of an `apply` within the model,
+    whose paths start anew. Flax hands a scope's flags on to all scopes that are made from it, and
+    to nothing else. `nn.jit` keeps them in its cache's key: so it traces anew for each mark, as it
+    must, since it knows nothing of interceptors.
+    """
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+    def marked(self, call: Callable) -> Callable:
+        """The call of a module, which then belongs to it with all its submodules."""
+
+        def run(module, *args, **kwargs):
+            self._mark(module)
+            return call(module, *args, **kwargs)
+
+        return run
+
+    def _mark(self, module: nn.Module) -> None:
+        assert module.scope is not None
+        module.scope.flags = freeze({**module.scope.flags, _FLAG: self.number})
+        # Submodules that are attributes by now have got their scopes already.
+        for name, value in vars(module).items():
+            for child in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module)):
+                is_module = isinstance(child, nn.Module) and name != "parent"
+                if is_module and child.scope is not None:
+                    self._mark(child)
+
+    def method(self, context: InterceptorContext) -> str | None:
+        """The name of the method that runs, None if it is not one of our modules'."""
+        scope, function = context.module.scope, getattr(context.orig_method, "func", None)
+        if scope is None or scope.flags.get(_FLAG) != self.number:
+            return None
+        cls: Any = type(context.module)
+        return _name_of(cls, function)
 
 
-def traced_anew(call):
-    """The call with a cache of its own for `nn.jit`, which knows nothing of interceptors."""
+@functools.lru_cache(maxsize=4096)
+def _name_of(cls: Any, function: Callable) -> str | None:
+    """How a class calls its method, whatever decorates it; None for other functions, and `setup`.
 
-    def fresh(module, *args, **kwargs):
-        module.scope.flags = {**module.scope.flags, "randlora": next(_calls)}
-        return call(module, *args, **kwargs)
-
-    return fresh
-
-
-def is_scale(name: str) -> bool:
-    return name.split(":")[0] in SCALES
-
-
-def passed_on(next_fun, args, kwargs, context):
-    return next_fun(*args, **kwargs)
+    Flax runs a function that is lifted with a module, `nn.scan(function)`, as if it were a method.
+    """
+    function = inspect.unwrap(function)
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if callable(value) and inspect.unwrap(value) is function:
+                return None if name == "setup" else name
+    return None
 
 
-def check_params(given, traced: trees.Tree, found: dict[trees.Path, Kernel]):
-    """Raises a ValueError where the parameters are not those of the model that was traced."""
-    shapes = dict(trees.items(traced))
-    for path in found:
-        where = parse_label(path)[0]
-        name, wanted = ".".join(where), nn.unbox(shapes[where]).shape
-        if where not in given:
-            raise ValueError(f"'params' has no {name!r}: it is of another model")
-        if nn.unbox(given[where]).shape != wanted:
-            raise ValueError(
-                f"'params' has a {name!r} of {nn.unbox(given[where]).shape}, but the model has "
-                f"{wanted}: it is of another model"
-            )
-
-
-def unbound(base: nn.Module, method) -> Callable:
+def unbound(base: nn.Module, method: str | Callable | None) -> Callable:
     """The base's method as a function of the module: by name, bound, or a function already."""
     name = "__call__" if method is None else method
     if not isinstance(name, str):
-        return getattr(method, "__func__", method)
+        return getattr(method, "__func__", name)
     if not callable(getattr(type(base), name, None)):
         raise ValueError(f"method={method!r} is none of {type(base).__name__}'s methods")
     return getattr(type(base), name)
 
 
-def deterministic_of(call, args, kwargs):
+def deterministic_of(
+    call: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """The call's own word on `deterministic`, and the keywords that the base takes."""
     parameters = inspect.signature(call).parameters
-    given = kwargs.get("deterministic")
+    given, taken = kwargs.get("deterministic"), dict(kwargs)
     if "deterministic" in parameters:
         position = list(parameters).index("deterministic") - 1  # less the module itself
         if parameters["deterministic"].kind is inspect.Parameter.KEYWORD_ONLY:
             position = len(args)
         given = args[position] if 0 <= position < len(args) else given
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        kwargs = {k: v for k, v in kwargs.items() if k != "deterministic"}
-    return given, kwargs
+        taken.pop("deterministic", None)
+    return given, taken

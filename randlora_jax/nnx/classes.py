@@ -12,22 +12,25 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from flax import nnx
 
+from randlora_jax import trees
 from randlora_jax.bases import Bases
-from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, call, scales_of
+from randlora_jax.nnx.discovery import modules_of
+from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, adapters_of, call, scales_of
 
 
 @functools.cache
 def adapted(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose public methods compute with the updates: one for each class."""
+    """The subclass whose methods compute with the updates: one for each class."""
     return _subclass("RandLora" + cls.__name__, cls, call)
 
 
 @functools.cache
 def rooted(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose public methods lend the bases to the layers."""
+    """The subclass whose methods lend the bases to the layers."""
 
     def lending(root, method, name, args, kwargs):
         del name
@@ -42,9 +45,10 @@ def _subclass(name, cls, call):
     for base in reversed(cls.__mro__):
         for key, value in () if base in nnx.Module.__mro__ else vars(base).items():
             # A decorated method can be any descriptor: `nnx.jit` makes one of its own.
-            method = callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
-            public = key == "__call__" or not key.startswith("_")
-            if method and public and key != "set_view":
+            method = callable(value) and hasattr(value, "__get__")
+            method = method and not isinstance(value, (type, staticmethod))
+            special = key.startswith("__") and key != "__call__"
+            if method and not special and key != "set_view":
                 methods[key] = _wrap(key, value, call)
             else:
                 methods.pop(key, None)
@@ -73,9 +77,9 @@ def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def adapted_modules(root: nnx.Module) -> dict[tuple, nnx.Module]:
+def adapted_modules(root: nnx.Module) -> dict[trees.Path, Any]:
     """The modules with updates by their paths."""
-    return {path: m for path, m in nnx.iter_modules(root) if "randlora_plan" in vars(m)}
+    return {path: m for path, m in modules_of(root).items() if "randlora_updates" in vars(m)}
 
 
 @contextlib.contextmanager
@@ -84,7 +88,8 @@ def lend_bases(model: nnx.Module) -> Iterator[None]:
 
     Example:
       >>> import jax
-      >>> from randlora_jax.nnx import RandLoraConfig, inject
+      >>> from randlora_jax import RandLoraConfig
+      >>> from randlora_jax.nnx import inject
       >>> config = RandLoraConfig(r=2, target_modules="all-linear")
       >>> model = inject(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), config)
       >>> with lend_bases(model):
@@ -117,11 +122,14 @@ _users: dict[int, int] = {}
 _lock = threading.Lock()
 
 
-def _lend(module, arrays: Bases) -> None:
-    stacked = any(pair[0].ndim > 2 for pair in scales_of(module).values())
-    if stacked:
-        value = ClosedOver(arrays)
-    else:
+def _lend(module: Any, arrays: Bases) -> None:
+    stacked = any(
+        scales_of(module, kernel, adapter)[0].ndim > 2
+        for kernel in module.randlora_updates.kernels
+        for adapter in adapters_of(module, kernel)
+    )
+    value: Any = ClosedOver(arrays)
+    if not stacked:
         # Variables of its own, on the same arrays: two layers can't share one in tree mode.
         value = {key: RandLoraBasis(array) for key, array in arrays.items()}
     # A model that was closed over is of another trace, where NNX's `__setattr__` would refuse.
@@ -130,5 +138,5 @@ def _lend(module, arrays: Bases) -> None:
 
 
 def bases_of(root: nnx.Module) -> Bases:
-    """The arrays at an injected model's root."""
+    """The arrays at an injected model's root: its bases."""
     return {k: getattr(root, k).get_value() for k in BASES if k in vars(root)}

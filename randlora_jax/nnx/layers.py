@@ -1,73 +1,31 @@
-"""How an NNX layer with scales computes with `W + dW`: on a view of itself that has been changed.
-
-A layer with an attribute for its product gets an adapted one there; any other runs on the kernel
-with the update added.
-"""
+"""How an NNX layer with scales runs with its updates: on a view of itself that has been changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from randlora_jax import updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.dot_general import (
-    RandLoraDotGeneral,
-    Scales,
-    Strategy,
-    check_shapes,
-    delta_weight,
-    prepare_scales,
-)
-from randlora_jax.kernels import SCALES, Kernel
-from randlora_jax.layers import (
-    equation_axes,
-    plain_axes,
-    plain_input,
-    register_layer,
-    rule_for,
-)
+from randlora_jax.ops.costs import Strategy
+from randlora_jax.registry import rule_for
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
+
+BASES = ("randlora_A", "randlora_B", "randlora_scale")
 
 
-class RandLoraParam(nnx.LoRAParam):
+class RandLoraParam(nnx.LoRAParam[jax.Array]):
     """Scales: what trains."""
 
 
-class RandLoraBasis(nnx.Variable):
+class RandLoraBasis(nnx.Variable[jax.Array]):
     """Bases, and which layers of a stack have an update: saved with the model, never trained."""
-
-
-def _linear_general_axes(layer, shape, args, kwargs):
-    del shape, args, kwargs
-    if layer.batch_axis:
-        raise ValueError(
-            f"a LinearGeneral with batch_axis={dict(layer.batch_axis)} is no map by one kernel: "
-            "give its name to exclude_modules"
-        )
-    return tuple(range(len(layer.in_features)))
-
-
-register_layer(
-    nnx.Linear,
-    input_axes=(0,),
-    dot_general=True,
-    shape=lambda layer: (layer.in_features, layer.out_features),
-)
-register_layer(
-    nnx.LinearGeneral,
-    input_axes=_linear_general_axes,
-    dot_general=True,
-    shape=lambda x: (*x.batch_axis.values(), *x.in_features, *x.out_features),
-)
-register_layer(nnx.Einsum, einsum_op=True, shape=lambda layer: layer.kernel_shape)
-
-
-BASES = ("randlora_A", "randlora_B", "randlora_scale")
 
 
 class ClosedOver:
@@ -91,12 +49,12 @@ class ClosedOver:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The static part of an adapted module.
+class LayerUpdates:
+    """The static part of an adapted module, its attribute `randlora_updates`.
 
     Attributes:
-      kernels: those that have scales, as one layer sees them.
-      adapters: the active ones: the suffix of their scales' names, and their configs.
+      kernels: as one layer has them, where the module is a stack.
+      adapters: (name, config) of the active ones.
     """
 
     kernels: tuple[Kernel, ...]
@@ -104,79 +62,85 @@ class Plan:
     strategy: Strategy
 
 
-def scales_of(module: nnx.Module) -> dict[tuple[Kernel, str], tuple[RandLoraParam, RandLoraParam]]:
-    """An adapted module's scales by kernel and by the suffix of their names."""
-    found = {}
-    for kernel in module.randlora_plan.kernels:
-        holder = getattr(module, kernel.label[0]) if kernel.label else module
-        for key in vars(holder):
-            if key.startswith(SCALES[0]):
-                suffix = key.removeprefix(SCALES[0])
-                found[kernel, suffix] = tuple(getattr(holder, s + suffix) for s in SCALES)
-    return found
+def holder(module: Any, kernel: Kernel) -> Any:
+    """What has a kernel's scales: the module, or an `nnx.Dict` beside the kernel."""
+    return getattr(module, kernel.label[0]) if kernel.label else module
 
 
-Update = tuple[Kernel, RandLoraConfig, Scales]
+def adapters_of(module: Any, kernel: Kernel) -> list[str]:
+    """The names of the adapters that have scales for a kernel."""
+    names = (key for key in vars(holder(module, kernel)) if key.partition(":")[0] == LAMBDA)
+    return [name.partition(":")[2] for name in names]
 
 
-def call(module, method, name: str, args, kwargs):
+def scales_of(module: Any, kernel: Kernel, adapter: str) -> list[RandLoraParam]:
+    """The variables of lambda and gamma."""
+    beside = holder(module, kernel)
+    return [getattr(beside, scale_name(scale, adapter)) for scale in SCALES]
+
+
+def call(module: Any, method: Callable, name: str, args: Any, kwargs: Any) -> Any:
     """Calls an adapted module's own method, of the name, with the active updates."""
-    plan: Plan = module.randlora_plan
-    scales = scales_of(module)
+    plan: LayerUpdates = module.randlora_updates
     active = [
-        (kernel, config, suffix)
+        (kernel, adapter, config)
         for kernel in plan.kernels
-        for suffix, config in plan.adapters
-        if (kernel, suffix) in scales
+        for adapter, config in plan.adapters
+        if adapter in adapters_of(module, kernel)
     ]
     if not active:
         return method(module, *args, **kwargs)
-    bases = _lent(module)
-    updates = []
-    for kernel, config, suffix in active:
-        lam, gamma = (s.get_value() for s in scales[kernel, suffix])
-        check_shapes(bases, (lam.shape, gamma.shape), *kernel.sides)
-        rows = getattr(module, "randlora_rows" + suffix, None)
-        if rows is not None:
-            lam = lam * rows.get_value().astype(lam.dtype)
-        updates.append((kernel, config, prepare_scales(bases, (lam, gamma), config.scaling)))
-    rule = rule_for(module)
-    if name == "__call__" and rule is not None and {k.name for k in plan.kernels} == {rule.kernel}:
-        kernel = plan.kernels[0]
-        if rule.input_axes is None:
-            axes = equation_axes(module, kernel.shape, args, kwargs)
-            if axes not in (None, kernel.input_axes):
-                raise ValueError(
-                    f"the call's equation has the kernel's axes {axes} as inputs, but the scales "
-                    f"were made for {kernel.input_axes}: register_layer's input_axes says which"
-                )
-        door = _door(module, rule, kernel, bases, updates, plan.strategy)
-        if door is not None:
-            used, changes = door
-            y = _on_view(module, method, changes, args, kwargs)
-            if used:
-                return y
-        y = _beside(module, method, kernel, bases, updates, plan.strategy, args, kwargs)
-        if y is not None:
-            return y
-    return _through_kernels(module, method, rule, bases, updates, args, kwargs)
+    bases, found = _lent_bases(module), []
+    for kernel, adapter, config in active:
+        lam, gamma = (scale.get_value() for scale in scales_of(module, kernel, adapter))
+        mask = getattr(module, scale_name("randlora_rows", adapter), None)
+        if mask is not None:
+            lam = lam * mask.get_value().astype(lam.dtype)
+        dropout = _dropout(module, config)
+        target = f"{type(module).randlora_class.__name__}.{kernel.name}"
+        scales = lam, gamma
+        found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
+    return updates.run(NnxCall(module, method, name, args, kwargs), found, bases, plan.strategy)
 
 
-def _beside(module, method, kernel, bases, updates: list[Update], strategy, args, kwargs):
-    """Runs a layer on its own kernel and adds x . dW, where that is cheaper; else None."""
-    plain = plain_input(type(module).randlora_class, module, kernel, args, kwargs)
-    if plain is None:
-        return None
-    dropouts = [_dropout(module, config) for _, config, _ in updates]
-    scales = [scales for _, _, scales in updates]
-    operation = RandLoraDotGeneral(bases, scales, dropouts, strategy)
-    if not operation.is_better_beside(*plain, kernel):
-        return None
-    y = method(module, *args, **kwargs)
-    return y + operation.update(*plain, kernel).astype(y.dtype)
+class NnxCall:
+    """A call of an NNX module's method, for `updates.run`."""
+
+    def __init__(self, module: Any, method: Callable, name: str, args: Any, kwargs: Any):
+        self.layer, self.cls, self.method = module, type(module).randlora_class, name
+        self.rule = rule_for(self.cls)
+        self.args, self.kwargs = args, kwargs
+        self._method = method
+
+    def run(self) -> Any:
+        return self._on_view({}, self.args)
+
+    def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
+        return self._on_view(attributes, self.args)
+
+    def run_on(self, change: Callable[[str, jax.Array], jax.Array], args: Any) -> Any:
+        kernels = {kernel.name for kernel in self.layer.randlora_updates.kernels}
+        changes: dict[str, Any] = {}
+        for name, leaf in vars(self.layer).items():
+            base = isinstance(leaf, nnx.Param) and not isinstance(leaf, RandLoraParam)
+            if base or name in kernels:
+                value = leaf.get_value()
+                changed = change(name, value)
+                changes |= {} if changed is value else {name: leaf.replace(changed)}
+        return self._on_view(changes, args)
+
+    def _on_view(self, changes: Mapping[str, Any], args: Any) -> Any:
+        """Calls the method on a view: the module as its own class made it, but for the changes."""
+        view = object.__new__(self.cls)
+        vars(view).update(vars(self.layer), **changes)
+        y = self._method(view, *args, **self.kwargs)
+        # What the method has stored, as `sow` and caches do, belongs to the module.
+        stored = {name: value for name, value in vars(view).items() if name not in changes}
+        vars(self.layer).update(stored)
+        return y
 
 
-def _lent(module) -> Bases:
+def _lent_bases(module: Any) -> Bases:
     lent = getattr(module, "randlora_bases", None)
     if lent is None:
         raise RuntimeError(
@@ -189,80 +153,7 @@ def _lent(module) -> Bases:
     return {key: variable.get_value() for key, variable in lent.items()}
 
 
-def _door(module, rule, kernel, bases, updates: list[Update], strategy):
-    """(list that is filled at its use, attributes) with which a layer computes the update too."""
-    own = getattr(module, "dot_general", None)
-    if getattr(module, "dot_general_cls", None) is not None:
-        own = module.dot_general_cls()
-    operation = RandLoraDotGeneral(
-        bases,
-        [scales for _, _, scales in updates],
-        [_dropout(module, config) for _, config, _ in updates],
-        strategy,
-        None if own is jax.lax.dot_general else own,
-    )
-    used: list[bool] = []
-
-    def dot_general(*args, **kwargs):
-        used.append(True)
-        return operation(*args, **kwargs)
-
-    def einsum_op(equation, x, value, **options):
-        contract = plain_axes(equation, x.ndim, kernel)
-        if contract is None:
-            return jnp.einsum(equation, x, value, **options)
-        value = jnp.transpose(value, (*kernel.input_axes, *kernel.output_axes))
-        dims = ((contract, tuple(range(len(contract)))), ((), ()))
-        return dot_general(x, value, dims, **options)
-
-    if rule.dot_general and hasattr(module, "dot_general"):
-        return used, {"dot_general": dot_general, "dot_general_cls": None}
-    if rule.einsum_op and getattr(module, "einsum_op", None) is jnp.einsum:
-        return used, {"einsum_op": einsum_op}
-    return None
-
-
-def _on_view(module, method, changes: dict[str, Any], args, kwargs):
-    """Calls the method on a view: the module as its own class made it, but for the changes."""
-    view = object.__new__(type(module).__mro__[1])
-    vars(view).update(vars(module), **changes)
-    y = method(view, *args, **kwargs)
-    # What the method has stored, as `sow` and caches do, belongs to the module.
-    vars(module).update({k: v for k, v in vars(view).items() if k not in changes})
-    return y
-
-
-def _through_kernels(module, method, rule, bases, updates: list[Update], args, kwargs):
-    """Runs a module on kernels with the updates added, where it can't be told of a product."""
-    dropouts = [_dropout(module, config) for _, config, _ in updates]
-    A, B = bases["randlora_A"], bases["randlora_B"]
-    deltas = [(k, delta_weight(A, B, *scales, *k.sides, 1.0)) for k, _, scales in updates]
-    if not any(dropouts):
-        values = {kernel.name: getattr(module, kernel.name).get_value() for kernel, _ in deltas}
-        for kernel, delta in deltas:
-            values[kernel.name] = kernel.add(values[kernel.name], delta)
-        changes = {key: getattr(module, key).replace(value) for key, value in values.items()}
-        return _on_view(module, method, changes, args, kwargs)
-    if rule is None:
-        raise ValueError(
-            f"randlora_dropout={updates[0][1].randlora_dropout} has no input to act on at the raw "
-            f"parameter {updates[0][0].name!r}: set it to 0, or deterministic=True"
-        )
-    y = method(module, *args, **kwargs)
-    zeros = {
-        key: value.replace(jnp.zeros_like(value.get_value()))
-        for key, value in vars(module).items()
-        if isinstance(value, nnx.Param) and not isinstance(value, RandLoraParam)
-    }
-    for (kernel, delta), dropout in zip(deltas, dropouts, strict=True):
-        drop = lambda x, dropout=dropout: dropout(x) if dropout and hasattr(x, "ndim") else x
-        zero = zeros[kernel.name]
-        only = {**zeros, kernel.name: zero.replace(kernel.add(zero.get_value(), delta))}
-        y = y + _on_view(module, method, only, tuple(map(drop, args)), kwargs)
-    return y
-
-
-def _dropout(module, config: RandLoraConfig):
+def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:
     if config.randlora_dropout == 0 or module.deterministic:
         return None
     layer = nnx.Dropout(config.randlora_dropout, deterministic=False)

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from randlora_jax import adapters, targets, training, trees
+from randlora_jax import training, trees
+from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.kernels import SCALES
 from randlora_jax.nnx.classes import adapted_modules, bases_of
-from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, scales_of
+from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, adapters_of, scales_of
+from randlora_jax.sites import SCALES, Stack
+from randlora_jax.stored import adapted_layers
 
 # The state that `inject` adds to a model's; all other state is as it was.
 ADDED = nnx.Any(RandLoraParam, RandLoraBasis, nnx.PathContains("randlora_rngs"))
@@ -31,15 +32,15 @@ def variables(model: nnx.Module) -> dict[str, Any]:
       >>> from randlora_jax.nnx import inject
       >>> config = RandLoraConfig(r=2, target_modules="all-linear")
       >>> model = inject(nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0)), config)
-      >>> jax.tree.map(jnp.shape, variables(model))["randlora"]
+      >>> jax.tree.map(jax.numpy.shape, variables(model))["randlora"]
       {'randlora_gamma': (2, 3), 'randlora_lambda': (2, 2)}
     """
     if "randlora_config" not in vars(model):
         return base_variables(model)
-    leaves = {}
-    for path, variable, rows in _scales(model):
-        value = variable.get_value()
-        leaves[path] = value if rows is None else _evaluate(lambda v, i=rows: v[i], value)
+    leaves = {
+        path: _evaluate(stack.adapted, variable.get_value())
+        for path, variable, stack in _scales(model)
+    }
     scales = trees.build(leaves)
     return {**base_variables(model), "randlora": scales, "randlora_bases": bases_of(model)}
 
@@ -60,9 +61,8 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
     known = dict(trees.items(now["params"]))
     check_same(trees.build(params), trees.build({k: v for k, v in known.items() if k in params}))
     set_params(model, values.get("params", {}))
-    scales = dict(trees.items(values["randlora"]))
-    for path, variable, rows in _scales(model):
-        variable.set_value(spread(scales[path], rows, variable.shape[0]))
+    for path, variable, stack in _scales(model):
+        variable.set_value(spread(stack, trees.get(values["randlora"], path)))
     for key, value in values["randlora_bases"].items():
         getattr(model, key).set_value(value)
 
@@ -82,8 +82,8 @@ def trainable(model: nnx.Module) -> nnx.filterlib.Filter:
     config = config_of(model)
     if isinstance(config, Mapping) and len(config) > 1:
         return RandLoraParam  # several adapters train nothing else
-    name, config = next(iter(adapters.named(config).items()))
-    one, _ = adapters.select(variables(model), {name: config} if name else config, name)
+    name, config = next(iter(named.by_name(config).items()))
+    one, _ = named.select(variables(model), {name: config} if name else config, name)
     labels = dict(trees.items(training.labels(one, config)["params"]))
     paths = frozenset(path for path, label in labels.items() if label != training.FROZEN)
     return nnx.Any(RandLoraParam, _Paths(paths)) if paths else RandLoraParam
@@ -129,35 +129,34 @@ def set_params(model: nnx.Module, params: trees.Tree) -> None:
 
 def check_same(given: trees.Tree, expected: trees.Tree) -> None:
     """Raises a ValueError for trees whose paths or shapes differ."""
-    given, expected = ({p: tuple(x.shape) for p, x in trees.items(t)} for t in (given, expected))
-    for path in sorted(set(given) | set(expected)):
-        if given.get(path) != expected.get(path):
+    shapes, wanted = ({p: tuple(x.shape) for p, x in trees.items(t)} for t in (given, expected))
+    for path in sorted(set(shapes) | set(wanted)):
+        if shapes.get(path) != wanted.get(path):
             raise ValueError(
-                f"{targets.name_of(path)!r} has the shape {given.get(path)} in what is given and "
-                f"{expected.get(path)} in this model (None: it is not there): they are of another "
+                f"{trees.dotted(path)!r} has the shape {shapes.get(path)} in what is given and "
+                f"{wanted.get(path)} in this model (None: it is not there): they are of another "
                 "model or another config"
             )
 
 
-def spread(value: Any, rows: tuple[int, ...] | None, size: int) -> Any:
-    """Scales of some layers of a stack in their places among all; the others' are zero."""
-    if rows is None:
-        return value
-    fill = lambda v: jnp.zeros((size, *v.shape[1:]), v.dtype).at[jnp.array(rows)].set(v)
-    return _evaluate(fill, value)
+def spread(stack: Stack, scales: Any) -> Any:
+    """`Stack.spread`, of arrays or of abstract ones."""
+    return _evaluate(stack.spread, scales)
 
 
-def _scales(model) -> Iterator[tuple[trees.Path, nnx.Variable, Any]]:
-    """(path in "randlora", variable, rows of the stack that have an update) of all scales."""
-    named = adapters.named(config_of(model))
-    for path, module in adapted_modules(model).items():
-        for (kernel, suffix), pair in scales_of(module).items():
-            name = suffix.removeprefix(":")
-            where = (*map(str, path), *kernel.label)
-            rows = adapters.rows(named[name], where)
-            for scale, variable in zip(SCALES, pair, strict=True):
-                full = (*((name,) if name else ()), *where, scale)
-                yield full, variable, None if rows is None else jnp.array(rows)
+def _scales(model: nnx.Module) -> Iterator[tuple[trees.Path, nnx.Variable, Stack]]:
+    """(path in "randlora", variable, the stack if only some of its layers are adapted)."""
+    configs = named.by_name(config_of(model))
+    for module, adapted in adapted_modules(model).items():
+        for kernel in adapted.randlora_updates.kernels:
+            for adapter in adapters_of(adapted, kernel):
+                layers = adapted_layers(configs[adapter], module)
+                size = getattr(adapted, kernel.name).shape[:1]
+                stack = Stack() if layers is None else Stack((0,), size, layers)
+                variables = scales_of(adapted, kernel, adapter)
+                for scale, variable in zip(SCALES, variables, strict=True):
+                    name = (adapter,) if adapter else ()
+                    yield (*name, *module, *kernel.label, scale), variable, stack
 
 
 def _evaluate(function, value):

@@ -9,22 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import shutil
-import uuid
 import warnings
 from typing import Any
 
 import numpy as np
 import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
-from randlora_jax import targets
+from randlora_jax import atomic, targets
 from randlora_jax.bases import num_bases
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.kernels import SCALES
-from randlora_jax.peft import configs
+from randlora_jax.peft import config_json
+from randlora_jax.sites import SCALES
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASES = ("randlora_A", "randlora_B")
@@ -37,7 +36,7 @@ class Adapter:
 
     Attributes:
       scales: (lambda (r, n), gamma (n, min(in, out))) of each adapted module.
-      bases: `randlora_A` and `randlora_B`, float32; None if the file has the seed alone.
+      bases: `randlora_A` and `randlora_B`, float32; None if there is the seed alone.
       others: (module, name) of what else was trained: biases and `modules_to_save`.
     """
 
@@ -47,30 +46,28 @@ class Adapter:
     others: dict[tuple[str, str], np.ndarray]
 
 
-def folder_of(directory: str | os.PathLike, adapter_name: str = "default") -> pathlib.Path:
+def folder_of(directory: str | os.PathLike[str], adapter_name: str = "default") -> epath.Path:
     """Where an adapter of that name is: PEFT has "default" in the folder, others in sub-folders."""
     if adapter_name in ("", ".", "..") or re.search(r"[/\\:\0]", adapter_name):
         raise ValueError(f"adapter_name={adapter_name!r} must be a plain name, with no path in it")
-    directory = pathlib.Path(directory)
-    return directory if adapter_name == "default" else directory / adapter_name
+    folder = epath.Path(directory)
+    return folder if adapter_name == "default" else folder / adapter_name
 
 
-def is_adapter(folder: pathlib.Path) -> bool:
+def is_adapter(folder: epath.Path) -> bool:
     """Whether there is an adapter of PEFT's in the folder."""
     return (folder / CONFIG).is_file()
 
 
-def find(directory: str | os.PathLike, adapter_name: str = "default") -> pathlib.Path:
-    """The adapter's folder; after a save that was killed between its two moves, the old one.
+def find(directory: str | os.PathLike, adapter_name: str = "default") -> epath.Path:
+    """The adapter's folder; after a save that was killed between its two moves, what it left.
 
     Raises:
       FileNotFoundError: naming the adapters in sub-folders, if there are.
     """
-    folder = folder_of(directory, adapter_name)
-    if not folder.exists() and is_adapter(_old(folder)):
-        return _old(folder)
+    folder = atomic.present(folder_of(directory, adapter_name))
     if not is_adapter(folder):
-        parent = pathlib.Path(directory)
+        parent = epath.Path(directory)
         inside = (
             sorted(p.name for p in parent.iterdir() if is_adapter(p)) if parent.exists() else ()
         )
@@ -79,7 +76,7 @@ def find(directory: str | os.PathLike, adapter_name: str = "default") -> pathlib
     return folder
 
 
-def read(folder: pathlib.Path) -> Adapter:
+def read(folder: epath.Path) -> Adapter:
     """Reads and checks an adapter, in whichever of PEFT's layouts; nothing in it is executed.
 
     Raises:
@@ -87,7 +84,7 @@ def read(folder: pathlib.Path) -> Adapter:
       ValueError: if they are cut short, not of RandLoRA, or don't fit together; or if the weights
         are a pickle.
     """
-    config = configs.read(folder / CONFIG)
+    config = config_json.read(folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / PICKLED).exists():
@@ -198,7 +195,7 @@ def _as_float(key, file) -> np.ndarray:
     return array if kind in ("F32", "F64") else array.astype(np.float32)
 
 
-def write(folder: pathlib.Path, adapter: Adapter, values: dict[str, Any], overwrite: bool) -> int:
+def write(folder: epath.Path, adapter: Adapter, values: dict[str, Any], overwrite: bool) -> int:
     """Writes an adapter beside its place and moves it there when it is complete: bytes written.
 
     Raises:
@@ -215,41 +212,32 @@ def write(folder: pathlib.Path, adapter: Adapter, values: dict[str, Any], overwr
     foreign = sorted(set(there) - {CONFIG, WEIGHTS, "README.md"})
     if mine and foreign:
         raise FileExistsError(f"{folder} has {foreign[0]!r} too, and is not replaced: empty it")
-    new = folder.parent / f"{folder.name}.new-{uuid.uuid4().hex[:8]}"
-    new.mkdir(parents=True)
     try:
-        save_file(_tensors(adapter), new / WEIGHTS, {"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-        size = (new / WEIGHTS).stat().st_size
-        if there and not mine:  # adapters in sub-folders, or a README: it is one once it has both
-            for name in (WEIGHTS, CONFIG):
-                os.replace(new / name, folder / name)
+        with atomic.written_beside(folder) as new:
+            new.mkdir(parents=True)
+            save_file(_tensors(adapter), new / WEIGHTS, {"format": "pt"})
+            (new / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
+            size = os.path.getsize(new / WEIGHTS)
+            if there and not mine:  # adapters in sub-folders, or a README
+                for name in (WEIGHTS, CONFIG):  # it is an adapter once it has both
+                    os.replace(new / name, folder / name)
+                return size
+            if (folder / "README.md").exists():
+                shutil.copy2(folder / "README.md", new)
+            atomic.take_place(new, folder)
             return size
-        if (folder / "README.md").exists():
-            shutil.copy2(folder / "README.md", new)
-        if folder.exists():
-            shutil.rmtree(_old(folder), ignore_errors=True)
-            folder.rename(_old(folder))
-        new.rename(folder)
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        return size
     except safetensors.SafetensorError as error:  # a full disk, among others
         raise OSError(f"{folder} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     """PEFT's keys. Its loader misses the bases where a layer has no copy, so all have one."""
-    tensors = {_MODEL + name: array for name, array in adapter.bases.items()}
+    bases = adapter.bases or {}
+    tensors = {_MODEL + name: array for name, array in bases.items()}
     for module, pair in adapter.scales.items():
-        own = dict(zip(SCALES, pair, strict=True)) | adapter.bases
+        own = dict(zip(SCALES, pair, strict=True)) | bases
         tensors |= {f"{_PREFIX}{module}.{leaf}": array for leaf, array in own.items()}
     for (module, leaf), array in adapter.others.items():
         module += ".base_layer" if module in adapter.scales else ""
         tensors[f"{_PREFIX}{module}.{leaf}"] = array
     return {key: np.ascontiguousarray(array) for key, array in tensors.items()}
-
-
-def _old(folder: pathlib.Path) -> pathlib.Path:
-    return folder.parent / f"{folder.name}.old"

@@ -8,6 +8,7 @@ as released in 2.12 to 2.14; torch <= 2.11 draws bfloat16 otherwise, and so has 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +38,8 @@ def draw(config: RandLoraConfig, max_dim: int, min_dim: int) -> dict[str, np.nda
     bits = np.random.MT19937()
     # torch seeds its generator as NumPy's older interface does, and by the low 32 bits alone.
     legacy = np.random.RandomState(config.projection_prng_key & 0xFFFFFFFF)
-    bits.state = legacy.get_state(legacy=False)
+    state: Any = legacy.get_state(legacy=False)
+    bits.state = state
     r, n = config.r, num_bases(min_dim, config.r)
     if config.sparse or config.very_sparse:
         sparsity = math.sqrt(min_dim) if config.very_sparse else 3

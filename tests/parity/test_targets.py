@@ -7,7 +7,7 @@ import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from randlora_jax import RandLoraConfig
-from randlora_jax.targets import wanted
+from randlora_jax.targets import Selection, selection
 
 NAMES = [
     "q_proj",
@@ -48,7 +48,7 @@ LAYERS = [
 
 def ours(name, **values):
     config = RandLoraConfig(**values)
-    return bool(wanted(config, name))
+    return selection(config, name) is Selection.YES
 
 
 def theirs(name, **values):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import pathlib
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from randlora_jax import adapters, targets
+from etils import epath
+
+from randlora_jax import targets, trees
 from randlora_jax.config import ALL_LINEAR, RandLoraConfig
-from randlora_jax.peft.torch_names import NameOf, Names, Shapes, inverse, kernel_at, place
+from randlora_jax.peft.names import NameOf, Names, Shapes, inverse, kernel_at, place_of
+from randlora_jax.sites import Stack
+from randlora_jax.targets import Selection
 
 
-def read(path: pathlib.Path) -> RandLoraConfig:
+def read(path: epath.Path) -> RandLoraConfig:
     """Reads `adapter_config.json`.
 
     Raises:
@@ -27,24 +29,24 @@ def read(path: pathlib.Path) -> RandLoraConfig:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, got a {type(values).__name__}")
     # What PEFT accepts and takes no notice of, and what it decides where two are set.
-    moot = {}
+    ignored: dict[str, Any] = {}
     target, layers = values.get("target_modules"), values.get("layers_to_transform")
     regex = isinstance(target, str) and target.lower() != ALL_LINEAR
     if layers is not None and (layers == [] or regex):
-        moot["layers_to_transform"] = layers = None
+        ignored["layers_to_transform"] = layers = None
     if layers is None and values.get("layers_pattern") is not None:
-        moot["layers_pattern"] = None
+        ignored["layers_pattern"] = None
     if values.get("sparse") and values.get("very_sparse"):
-        moot["sparse"] = False
-    if moot:
-        warnings.warn(f"{path}: PEFT takes no notice of {sorted(moot)} here", stacklevel=4)
+        ignored["sparse"] = False
+    if ignored:
+        warnings.warn(f"{path}: PEFT takes no notice of {sorted(ignored)} here", stacklevel=4)
     try:
-        return RandLoraConfig.from_dict(values | moot)
+        return RandLoraConfig.from_dict(values | ignored)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def values(config: RandLoraConfig) -> dict[str, Any]:
+def content(config: RandLoraConfig) -> dict[str, Any]:
     """The content of `adapter_config.json`."""
     result = config.to_dict()
     if not -(2**63) <= config.projection_prng_key < 2**64:  # what torch takes for a seed
@@ -52,32 +54,19 @@ def values(config: RandLoraConfig) -> dict[str, Any]:
     return result
 
 
-def matches(config: RandLoraConfig, name: str) -> bool:
-    """Whether PEFT takes the module for a target; unlike `targets`, by PEFT's count of layers."""
-    if targets.is_saved_whole(config, name) or not targets.hits(config.target_modules or (), name):
-        return False
-    layers = config.layers_to_transform
-    if layers is None or isinstance(config.target_modules, str) or name in config.target_modules:
-        return True
-    if config.layers_pattern:
-        patterns = config.layers_pattern
-        patterns = (patterns,) if isinstance(patterns, str) else patterns
-        found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns)
-        found = next((f for f in found if f), None)
-    else:
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return found is not None and int(found[1]) in targets.layer_indices(config)
-
-
 def check_complete(
-    config: RandLoraConfig, given: Collection[str], found: Mapping, shapes: Shapes, name_map: Names
+    config: RandLoraConfig,
+    given: Collection[str],
+    stacks: Mapping[trees.Path, Stack],
+    shapes: Shapes,
+    name_map: Names,
 ) -> None:
     """Raises a ValueError for a module that the config means and that is not among those given."""
-    for name in _candidates(given, found, shapes, name_map):
-        if name in given or not matches(config, name):
+    for name in _candidates(given, stacks, shapes, name_map):
+        if name in given or not targets.peft_matches(config, name):
             continue
         try:
-            path, index = place(name_map, name)
+            path, index = place_of(name_map, name)
         except ValueError:
             continue
         where = kernel_at(path)[1]
@@ -85,7 +74,7 @@ def check_complete(
             raise ValueError(f"it lacks the scales of {name!r}, one of its config's targets")
 
 
-def _candidates(given, found, shapes, name_map) -> Iterator[str]:
+def _candidates(given, stacks, shapes, name_map) -> Iterator[str]:
     """Names of modules that could be targets: of all kernels, or those like the given ones."""
     back = inverse(name_map)
     if back is not None:
@@ -93,7 +82,8 @@ def _candidates(given, found, shapes, name_map) -> Iterator[str]:
         return
     # A function has no way back: the same names with another layer's number.
     seen = [int(part) for name in given for part in name.split(".") if part.isdigit()]
-    numbers = range(max([*seen, *(one.length - 1 for one in found.values())], default=0) + 2)
+    sizes = (size for stack in stacks.values() for size in stack.sizes)
+    numbers = range(max([*seen, *(size - 1 for size in sizes)], default=0) + 2)
     for name in given:
         parts = name.split(".")
         for i, part in enumerate(parts):
@@ -109,20 +99,27 @@ def names_of_kernels(shapes: Shapes, name_of: NameOf) -> Iterator[str]:
             yield from filter(None, (name_of(where[:-1], index) for index in indices))
 
 
-def in_flax(config: RandLoraConfig, found: Mapping, shapes: Shapes) -> RandLoraConfig:
-    """The config, in Flax's names if in those it would mean other modules."""
-    if _means(config, found, shapes):
+def in_flax(
+    config: RandLoraConfig, stacks: Mapping[trees.Path, Stack], shapes: Shapes
+) -> RandLoraConfig:
+    """The config, in Flax's names if in those it would mean other modules.
+
+    Args:
+      stacks: of the kernels that have scales, by the path of these.
+      shapes: of the base's parameters.
+    """
+    if _means_just(config, stacks, shapes):
         return config
-    cut = {one.rows for one in found.values() if one.rows and len(one.rows) < one.length}
+    some = {s.layers for s in stacks.values() if s.layers and len(s.layers) < s.sizes[0]}
     here = config.replace(
-        target_modules=sorted({targets.name_of(one.where[:-1]) for one in found.values()}),
-        layers_to_transform=next(iter(cut), None),
+        target_modules=sorted({trees.dotted(kernel_at(path)[1][:-1]) for path in stacks}),
+        layers_to_transform=next(iter(some), None),
         layers_pattern=None,
     )
-    if not _means(here, found, shapes):
+    if not _means_just(here, stacks, shapes):
         raise ValueError(
             "it adapts some layers of a stack that no layers_to_transform can tell: the layers "
-            f"{sorted(cut)}, and of other stacks or modules not the same"
+            f"{sorted(some)}, and of other stacks or modules not the same"
         )
     warnings.warn(
         f"by the names here target_modules={config.target_modules!r} would mean other modules: the "
@@ -133,18 +130,19 @@ def in_flax(config: RandLoraConfig, found: Mapping, shapes: Shapes) -> RandLoraC
     return here
 
 
-def _means(config, found, shapes) -> bool:
-    """Whether a config means exactly the kernels that were found."""
-    for path, one in found.items():
-        wanted = targets.wanted(config, targets.name_of(one.where[:-1]))
-        rows = adapters.rows(config, path) if wanted is None else None
-        everything = rows is None or rows == tuple(range(one.length))
-        if wanted is False or (one.rows is None and wanted is None):
+def _means_just(config: RandLoraConfig, stacks: Mapping[trees.Path, Stack], shapes: Shapes) -> bool:
+    """Whether a config means exactly the kernels that have scales."""
+    adapted = {kernel_at(path)[1][:-1]: stack for path, stack in stacks.items()}
+    for module, stack in adapted.items():
+        selection = targets.selection(config, trees.dotted(module))
+        by_layer = selection is Selection.BY_LAYER
+        if selection is Selection.NO or (by_layer and not stack.axes):
             return False
-        if one.rows is not None and one.rows != (tuple(range(one.length)) if everything else rows):
+        meant = targets.layer_indices(config) if by_layer else None
+        if stack.axes and stack.layers != (meant or tuple(range(stack.sizes[0]))):
             return False
-    others = (p[:-1] for p in shapes if p[-1] == "kernel" and p[:-1] not in found)
-    return not any(targets.wanted(config, targets.name_of(other)) for other in others)
+    others = (p[:-1] for p in shapes if p[-1] == "kernel" and p[:-1] not in adapted)
+    return all(targets.selection(config, trees.dotted(other)) is Selection.NO for other in others)
 
 
 def in_torch(
@@ -160,7 +158,7 @@ def in_torch(
       scales, others: the adapter's modules, and its (module, name) of what else was trained.
     """
     names = {*scales, *names_of_kernels(shapes, name_of)}
-    same = {name for name in names if matches(config, name)} == set(scales)
+    same = {name for name in names if targets.peft_matches(config, name)} == set(scales)
     if not same or config.all_linear or config.exclude_modules is not None:
         config = config.replace(
             target_modules=sorted(scales),

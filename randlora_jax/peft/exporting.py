@@ -7,25 +7,27 @@ from collections.abc import Mapping
 import flax.linen as nn
 import numpy as np
 
-from randlora_jax import adapters, kernels, targets, trees
+from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.peft import configs
+from randlora_jax.peft import config_json
 from randlora_jax.peft.files import BASES, Adapter
-from randlora_jax.peft.torch_names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
+from randlora_jax.peft.names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
+from randlora_jax.sites import Stack, parse_label
+from randlora_jax.stored import adapted_layers, scale_pairs
 from randlora_jax.training import split
 
 
-def adapter_of(
+def to_peft(
     variables: trees.Tree,
     config: RandLoraConfig,
     name_map: Names,
-    stacks: Mapping[trees.Path, tuple[int, ...]] | None = None,
+    stacks: Mapping[trees.Path, Stack] | None = None,
 ) -> Adapter:
     """What PEFT would save.
 
     Args:
       variables: with "randlora", "randlora_bases", and of "params" what was trained at least.
-      stacks: the axes that stack scales, by their path; the first, where they aren't given.
+      stacks: by the path of scales; the first axes, where they aren't given.
 
     Raises:
       ValueError: for what has no name, or no form, in torch.
@@ -38,23 +40,25 @@ def adapter_of(
             "named_modules() for names, or module_names(folder) of an adapter"
         )
     scales, adapted = {}, {}
-    for path, pair in kernels.pairs(variables["randlora"]):
+    for path, pair in scale_pairs(variables["randlora"]):
         arrays = [np.asarray(nn.unbox(leaf)) for leaf in pair]
-        axes = (0,) * (arrays[0].ndim - 2) if stacks is None else stacks[path]
+        module = kernel_at(path)[1][:-1]
+        axes = (0,) * (arrays[0].ndim - 2) if stacks is None else stacks[path].axes
         if len(axes) > 1:
-            raise ValueError(f"{'.'.join(path)!r} is a stack of stacks, which has no PEFT name")
-        rows: tuple[int | None, ...] = (None,)
+            raise ValueError(f"{trees.dotted(path)!r} is a stack of stacks, which has no PEFT name")
+        layers: tuple[int | None, ...] = (None,)
         if axes:
             arrays = [np.moveaxis(array, axes[0], 0) for array in arrays]
-            rows = adapters.rows(config, path) or tuple(range(arrays[0].shape[0]))
-        for i, row in enumerate(rows):
-            name = _name(name_of, path, row)
-            scales[name] = tuple(_as_float(array[i] if axes else array) for array in arrays)
-        adapted[kernel_at(path)[1][:-1]] = rows
+            layers = adapted_layers(config, module) or tuple(range(arrays[0].shape[0]))
+        for i, layer in enumerate(layers):
+            name = _name(name_of, path, layer)
+            lam, gamma = (_as_float(array[i] if axes else array) for array in arrays)
+            scales[name] = lam, gamma
+        adapted[module] = layers
     others = _others(variables, config, name_of, adapted)
     params = trees.items(variables.get("params", {}))
     shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
-    config = configs.in_torch(config, scales, others, shapes, name_of)
+    config = config_json.in_torch(config, scales, others, shapes, name_of)
     return Adapter(config, scales, dense(variables), others)
 
 
@@ -77,7 +81,7 @@ def _as_float(array: np.ndarray) -> np.ndarray:
 
 def _name(name_of: NameOf, path: trees.Path, row: int | None) -> str:
     name = name_of(path, row)
-    if name is None or (kernels.parse_label(path)[1] and name == ".".join(path)):
+    if name is None or (parse_label(path)[1] and name == ".".join(path)):
         layer = "" if row is None else f", layer {row}"
         raise ValueError(f"name_map has no module of PEFT's for {'.'.join(path)!r}{layer}")
     return name
@@ -89,7 +93,7 @@ def _others(variables, config, name_of, adapted):
     trained = dict(trees.items(split(variables, config)[0].get("params", {})))
     for path, leaf in trained.items():
         value, module = np.asarray(nn.unbox(leaf)), path[:-1]
-        rows = (None,)
+        rows: tuple[int | None, ...] = (None,)
         if name_of(module, None) is None and value.ndim:
             rows = tuple(range(value.shape[0]))
             if config.bias == "randlora_only" and not _saved_whole(config, module):
@@ -105,4 +109,4 @@ def _others(variables, config, name_of, adapted):
 
 
 def _saved_whole(config, path) -> bool:
-    return targets.is_saved_whole(config, targets.name_of(path))
+    return targets.is_saved_whole(config, trees.dotted(path))

@@ -11,26 +11,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
-from randlora_jax.kernels import Kernel, wide
-from randlora_jax.partitioning import like, per_device
-from randlora_jax.products import (
+from randlora_jax.ops.costs import Strategy, product_flops
+from randlora_jax.ops.partitioning import Arrays, divided_like, per_device
+from randlora_jax.ops.products import (
     Backward,
     Forward,
     KernelGradient,
     Spec,
-    Strategy,
+    accumulation_dtype,
     factors,
-    product_flops,
 )
 
 Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
+Dropout = Callable[[jax.Array], jax.Array]
+Product = Callable[..., jax.Array]
 
 
 def delta_weight(
@@ -61,22 +63,22 @@ def delta_weight(
       [2.0, 2.0, 2.0, 2.0, 2.0]
     """
     bases = {"randlora_A": randlora_A, "randlora_B": randlora_B}
-    check_shapes(bases, (randlora_lambda.shape, randlora_gamma.shape), in_features, out_features)
-    dtype = wide(randlora_lambda.dtype)
+    features = in_features, out_features
+    check_fit(bases, features, (randlora_lambda.shape, randlora_gamma.shape))
+    dtype = accumulation_dtype(randlora_lambda.dtype)
     small, large = sorted((in_features, out_features))
     V = randlora_B[:large, : randlora_lambda.shape[1]].reshape(large, -1)
     scales = (randlora_lambda * scaling)[None], randlora_gamma[None]
-    is_wide = in_features <= out_features
-    left, right = factors(randlora_A[:, 0, :small], V, *scales, is_wide, dtype)
+    inputs_are_small = in_features <= out_features
+    left, right = factors(randlora_A[:, 0, :small], V, *scales, inputs_are_small, dtype)
     return jnp.matmul(left, right, preferred_element_type=dtype)
 
 
-def check_shapes(
-    bases: Bases, shapes: Sequence[tuple[int, ...]], in_features: int, out_features: int
-) -> None:
+def check_fit(bases: Bases, features: tuple[int, int], shapes: Sequence[tuple[int, ...]]) -> None:
     """Raises a ValueError where scales don't fit the layer, or bases are too small for it."""
     A, B = bases["randlora_A"], bases["randlora_B"]
-    small, large = sorted((in_features, out_features))
+    small, large = sorted(features)
+    named = " x ".join(map(str, features))
     r = A.shape[0]
     n = num_bases(small, r)
     for name, given, shape in zip(
@@ -84,13 +86,13 @@ def check_shapes(
     ):
         if tuple(given) != shape:
             raise ValueError(
-                f"{name} has shape {tuple(given)}, but a kernel of {in_features} x {out_features} "
+                f"{name} has shape {tuple(given)}, but a kernel of {named} "
                 f"with r={r} needs {shape}: is it from another model or another r?"
             )
     if A.shape[2] < small or B.shape[0] < large or B.shape[1] < n or B.shape[2] != r:
         raise ValueError(
             f"bases of shapes {A.shape} and {B.shape} are too small for a kernel of "
-            f"{in_features} x {out_features}, which needs {(r, 1, small)} and {(large, n, r)}: "
+            f"{named}, which needs {(r, 1, small)} and {(large, n, r)}: "
             "draw them for all target modules together"
         )
 
@@ -104,39 +106,44 @@ def prepare_scales(bases: Bases, scales: Scales, scaling: float) -> Scales:
     return lam * factor, gamma
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted_dot(spec, x, kernel, A, B, lam, gamma):
-    return _forward(spec, x, kernel, A, B, lam, gamma)[0]
+def _forward(spec, operands):
+    result = per_device(Forward(spec), spec.division(backward=False), _sliced(spec, operands))
+    return result["y"], operands
 
 
-def _sliced(spec, A, B, lam, gamma):
-    """The layer's own part of the bases, and gamma, in the kernel's own axes."""
+def _backward(spec, operands, dy):
+    x, kernel = operands["x"], operands.get("kernel")
+    both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
+    found = per_device(Backward(spec), spec.division(backward=True), both)
+    gradients = {
+        "x": divided_like(found["dx"], x),
+        "lam": divided_like(found["d_lam"], operands["lam"]),
+        "gamma": divided_like(found["d_gamma"].reshape(operands["gamma"].shape), operands["gamma"]),
+        "A": None,
+        "B": None,
+    }
+    if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
+        found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both)
+        gradients["kernel"] = divided_like(found["d_kernel"].astype(kernel.dtype), kernel)
+    return (gradients,)
+
+
+def _sliced(spec: Spec, operands: Arrays) -> Arrays:
+    """The layer's own part of the bases, A and V, and gamma, in the kernel's own axes."""
     small, large = spec.small_large
-    (_, r, n), size = lam.shape, math.prod(small)
-    V = B[: math.prod(large), :n].reshape(*large, n * r)  # column b * r + k
-    return A[:, 0, :size].reshape(r, *small), V, lam, gamma.reshape(*gamma.shape[:2], *small)
+    A, B, gamma = (operands[name] for name in ("A", "B", "gamma"))
+    (_, r, n), size = operands["lam"].shape, math.prod(small)
+    return {
+        **operands,
+        "A": A[:, 0, :size].reshape(r, *small),
+        "V": B[: math.prod(large), :n].reshape(*large, n * r),  # column b * r + k
+        "gamma": gamma.reshape(*gamma.shape[:2], *small),
+    }
 
 
-def _forward(spec, x, kernel, A, B, lam, gamma):
-    operands = ([kernel] if spec.plus_kernel else []) + [x, *_sliced(spec, A, B, lam, gamma)]
-    (y,) = per_device(Forward(spec), spec.division(backward=False), *operands)
-    return y, (x, kernel, A, B, lam, gamma)
-
-
-def _backward(spec, residuals, dy):
-    x, kernel, A, B, lam, gamma = residuals
-    dy = dy.astype(x.dtype)
-    operands = ([kernel] if spec.plus_kernel else []) + [x, dy, *_sliced(spec, A, B, lam, gamma)]
-    dx, d_lam, d_gamma = per_device(Backward(spec), spec.division(backward=True), *operands)
-    d_kernel = None
-    if spec.plus_kernel:  # apart from the rest: nobody pays for it who does not ask for it
-        (d_kernel,) = per_device(KernelGradient(spec), spec.kernel_gradient_division, x, dy)
-        d_kernel = like(d_kernel.astype(kernel.dtype), kernel)
-    d_gamma = d_gamma.reshape(gamma.shape)
-    return like(dx, x), d_kernel, None, None, like(d_lam, lam), like(d_gamma, gamma)
-
-
-_adapted_dot.defvjp(_forward, _backward)
+# x . (W + dW), or x . dW, of x, A, B, lam, gamma and, for the first, kernel.
+_product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnums=(0,))
+_product.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +151,8 @@ class RandLoraDotGeneral:
     """A `dot_general` whose right-hand side is `W + dW`: give it to a Flax layer.
 
     Attributes:
-      bases: as `randlora_jax.bases.draw` gives them.
-      scales: a (lambda, gamma) pair for each adapter, already through `prepare_scales`.
+      bases: as `draw_bases` gives them.
+      scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling.
       dropouts: for each adapter, None or a function that acts on its input alone.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
@@ -153,24 +160,33 @@ class RandLoraDotGeneral:
 
     bases: Bases
     scales: Sequence[Scales]
-    dropouts: Sequence[Callable[[jax.Array], jax.Array] | None] = ()
+    dropouts: Sequence[Dropout | None] = ()
     strategy: Strategy = "auto"
     dot_general: Callable[..., jax.Array] | None = None
 
     def __call__(
-        self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **options
-    ):
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        **options: Any,
+    ) -> jax.Array:
+        """`lax.dot_general` of x and the kernel, its input axes first, with the updates in it."""
         (contract, kernel_axes), (batch, _) = dimension_numbers
         if batch or tuple(kernel_axes) != tuple(range(len(contract))):
             raise ValueError(
                 f"dimension_numbers={dimension_numbers}: an adapted kernel has its input axes "
                 "first and no batch axes"
             )
-        sides = math.prod(rhs.shape[: len(contract)]), math.prod(rhs.shape[len(contract) :])
+        features = _features(rhs.shape, contract)
         for lam, gamma in self.scales:
-            check_shapes(self.bases, (lam.shape, gamma.shape), *sides)
+            check_fit(self.bases, features, (lam.shape, gamma.shape))
         options = {"preferred_element_type": preferred_element_type, **options}
-        product = functools.partial(self._product, lhs, contract, rhs.shape, precision, **options)
+        product: Product = functools.partial(
+            self._product, lhs, contract, rhs.shape, precision, **options
+        )
         if not any(self.dropouts) and self.dot_general is None:
             return product(rhs, self.scales)
         own = self.dot_general or lax.dot_general
@@ -179,24 +195,33 @@ class RandLoraDotGeneral:
             y = y + part.astype(y.dtype)
         return y
 
-    def update(self, x: jax.Array, contract: tuple[int, ...], kernel: Kernel) -> jax.Array:
-        """x . dW alone, for a layer that has computed x . W by itself."""
-        shape = tuple(kernel.shape[i] for i in (*kernel.input_axes, *kernel.output_axes))
-        product = functools.partial(self._product, x, contract, shape, None)
-        return sum(self._parts(product))
+    def update(
+        self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
+    ) -> jax.Array:
+        """x . dW alone, for a layer that has computed x . W by itself.
 
-    def is_better_beside(self, x: jax.Array, contract: tuple[int, ...], kernel: Kernel) -> bool:
+        Args:
+          x: contracted along the axes `contract`.
+          kernel_shape: with the input axes first, in the order of `contract`.
+        """
+        product: Product = functools.partial(self._product, x, contract, kernel_shape, None)
+        return functools.reduce(jnp.add, self._parts(product))
+
+    def is_better_beside(
+        self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
+    ) -> bool:
         """Whether `update` is cheaper than adding dW to the kernel, of which it would be a sum."""
         if any(self.dropouts):
             return True
-        tokens = math.prod(x.shape) // kernel.in_features
+        features = _features(kernel_shape, contract)
+        tokens = math.prod(x.shape) // features[0]
         m = math.prod(self.scales[0][0].shape)
-        cost = lambda merge: sum(product_flops(tokens, *kernel.sides, m, merge, merge))
+        cost = lambda merge: sum(product_flops(tokens, *features, m, merge, merge))
         return self.strategy == "factored" or (
             self.strategy == "auto" and cost(merge=False) < cost(merge=True)
         )
 
-    def _parts(self, product):
+    def _parts(self, product: Product) -> Iterator[jax.Array]:
         """The products of x with the updates: of all at once, unless each has its own x."""
         if not any(self.dropouts):
             yield product(None, self.scales)
@@ -205,17 +230,29 @@ class RandLoraDotGeneral:
             yield product(None, (pair,), dropout=dropout)
 
     def _product(
-        self, x, contract, shape, precision, kernel, scales,
+        self, x, contract, kernel_shape, precision, kernel, scales,
         preferred_element_type=None, out_sharding=None, dropout=None,
     ):  # fmt: skip
         tokens = [i for i in range(x.ndim) if i not in contract]
         spec = Spec(
-            len(tokens), len(contract), shape, kernel is not None, precision,
+            len(tokens), len(contract), kernel_shape, kernel is not None, precision,
             preferred_element_type, self.strategy,
         )  # fmt: skip
         x = x if dropout is None else dropout(x)
-        x = lax.transpose(x, (*tokens, *contract))  # nothing to do for a trailing contraction
-        A, B = self.bases["randlora_A"], self.bases["randlora_B"]
         lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
-        y = _adapted_dot(spec, x, kernel, A, B, lam, gamma)
+        operands = {
+            "x": lax.transpose(x, (*tokens, *contract)),  # nothing to do for a trailing contraction
+            "A": self.bases["randlora_A"],
+            "B": self.bases["randlora_B"],
+            "lam": lam,
+            "gamma": gamma,
+        }
+        if kernel is not None:
+            operands["kernel"] = kernel
+        y = _product(spec, operands)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def _features(kernel_shape, contract) -> tuple[int, int]:
+    inputs = len(contract)
+    return math.prod(kernel_shape[:inputs]), math.prod(kernel_shape[inputs:])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax import trees
-from randlora_jax.kernels import parse_label
+from randlora_jax.sites import parse_label
 
 Place = tuple[trees.Path, int | None]  # a module's path, and its number where layers are stacked
 Names = Callable[[str], Any] | Mapping[str, Any] | None
@@ -63,12 +63,13 @@ llama_name_map = NameMap(
 """Hugging Face's names of a Llama onto a Flax one with `nn.scan`, that of `examples/smollm2.py`."""
 
 
-def place(name_map: Names, name: str) -> Place:
+def place_of(name_map: Names, name: str) -> Place:
     """Where a module is in `params`.
 
     Raises:
       ValueError: if the map has no place for it, or gives something else.
     """
+    value: Any
     if name_map is None:
         value = name
     elif isinstance(name_map, Mapping):
@@ -80,7 +81,8 @@ def place(name_map: Names, name: str) -> Place:
             value = None
     if value is None:
         raise ValueError(f"name_map has no place for {name!r}: the adapter is of another model")
-    path, index = value, None
+    path: Any = value
+    index: int | None = None
     if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[1], "__index__"):
         path, index = value[0], int(value[1])
     path = _parts(path) if isinstance(path, str) else path
@@ -102,7 +104,7 @@ def inverse(name_map: Names) -> NameOf | None:
     if isinstance(name_map, Mapping):
         names: dict[Place, str] = {}
         for name in name_map:
-            path, index = place(name_map, name)
+            path, index = place_of(name_map, name)
             scales, where, _ = kernel_at(path)
             for key in {path, scales, where[:-1]}:
                 if names.setdefault((key, index), name) != name and key in (path, scales):

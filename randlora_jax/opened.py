@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from randlora_jax import bases as bases_lib
-from randlora_jax import checkpoint, kernels
+from randlora_jax import trees
+from randlora_jax.checkpoint import orbax_items
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import files, torch_bases
-from randlora_jax.peft.from_peft import compact
-from randlora_jax.peft.to_peft import dense
+from randlora_jax.peft.exporting import dense
+from randlora_jax.peft.importing import compact
+from randlora_jax.stored import scale_pairs
 
 PEFT, OURS = "PEFT", "randlora_jax"
 
@@ -31,7 +33,7 @@ class Opened:
     """
 
     kind: str
-    folder: pathlib.Path
+    folder: epath.Path
     config: RandLoraConfig
     scales: dict[str, tuple[Any, Any]]
     bases: dict[str, Any] | None
@@ -47,24 +49,24 @@ def open_adapter(path: str, adapter_name: str) -> Opened:
       FileNotFoundError: if it is neither.
       ValueError: if it is damaged.
     """
-    folder = pathlib.Path(path)
-    if checkpoint.is_adapter(folder):
+    folder = epath.Path(path)
+    if orbax_items.is_adapter(folder):
         return _open_ours(folder)
     folder = files.find(path, adapter_name)
     adapter = files.read(folder)
-    config, bases, stored = adapter.config, adapter.bases, adapter.bases is not None
-    generator = drawn_by(config, bases) if stored else None
-    bases = compact(bases, config) if stored else None
-    return Opened(PEFT, folder, config, adapter.scales, bases, stored, generator, adapter)
+    config, bases = adapter.config, adapter.bases
+    if bases is None:
+        return Opened(PEFT, folder, config, adapter.scales, None, False, None, adapter)
+    generator, bases = drawn_by(config, bases), compact(bases, config)
+    return Opened(PEFT, folder, config, adapter.scales, bases, True, generator, adapter)
 
 
-def _open_ours(folder: pathlib.Path) -> Opened:
-    content, config, description = checkpoint.read(folder)
-    stored = any(name.startswith("randlora_bases/") for name in description["arrays"])
-    bases = content["randlora_bases"]
-    scales = {".".join(path): pair for path, pair in kernels.pairs(content["randlora"])}
+def _open_ours(folder: epath.Path) -> Opened:
+    content, manifest = orbax_items.read(folder)
+    config, bases = manifest.config, content["randlora_bases"]
+    scales = {trees.dotted(path): pair for path, pair in scale_pairs(content["randlora"])}
     generator = drawn_by(config, dense({"randlora_bases": bases}))
-    return Opened(OURS, folder, config, scales, bases, stored, generator, content)
+    return Opened(OURS, folder, config, scales, bases, manifest.holds_bases, generator, content)
 
 
 def drawn_by(config: RandLoraConfig, bases: dict[str, np.ndarray]) -> str | None:

@@ -1,0 +1,5 @@
+"""Several adapters by name on one base and one pair of bases."""
+
+from randlora_jax.adapters.named import insert, select
+
+__all__ = ["insert", "select"]

@@ -1,0 +1,125 @@
+"""Several adapters by name, which share their bases; one config alone is one without a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from randlora_jax import trees
+from randlora_jax.config import RandLoraConfig
+
+Configs = RandLoraConfig | Mapping[str, RandLoraConfig]
+
+
+def by_name(config: Configs) -> dict[str, RandLoraConfig]:
+    """The adapters' configs by name; a config alone has the name ""."""
+    return dict(config) if isinstance(config, Mapping) else {"": config}
+
+
+def active_names(config: Configs, active: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names of the adapters whose updates are summed."""
+    return tuple(by_name(config)) if active is None else tuple(active)
+
+
+def check(config: Configs, active: tuple[str, ...] | None = None) -> None:
+    """Raises a ValueError for adapters that can't share their bases, and for unknown names."""
+    configs = by_name(config)
+    if not configs:
+        raise ValueError("config is an empty mapping: give at least one adapter")
+    if isinstance(active, str):
+        raise TypeError(f"active must be a tuple of names, got {active!r}")
+    unknown = [name for name in active or () if name not in configs]
+    if unknown:
+        raise ValueError(f"active={active!r} names {unknown}, the adapters are {sorted(configs)}")
+    first_name, first = next(iter(configs.items()))
+    for name, one in configs.items():
+        _check_together(first_name, first, name, one)
+    whole = [n for n, c in configs.items() if c.bias != "none" or c.modules_to_save]
+    if len(configs) > 1 and whole:
+        raise ValueError(
+            f"{whole} train biases or modules_to_save, which adapters of one base would share: "
+            "set bias='none' and modules_to_save=None, or keep one adapter"
+        )
+
+
+def _check_together(
+    name: str, config: RandLoraConfig, other_name: str, other: RandLoraConfig
+) -> None:
+    """Raises a ValueError if two adapters can't be on the same bases."""
+    for field, why in (
+        ("projection_prng_key", "it draws the bases, which all adapters share"),
+        ("r", "the bases have r rows, and num_bases follows from it"),
+        ("sparse", "the bases are either ternary or dense"),
+        ("very_sparse", "the bases are either ternary or dense"),
+        ("save_projection", "the bases are saved for all adapters or for none"),
+    ):
+        mine, theirs = getattr(config, field), getattr(other, field)
+        if mine != theirs:
+            raise ValueError(
+                f"{field} must be the same for all adapters: {name!r} has {mine!r} and "
+                f"{other_name!r} has {theirs!r}; {why}"
+            )
+
+
+def select(
+    variables: trees.Tree, config: Configs, name: str
+) -> tuple[dict[str, Any], RandLoraConfig]:
+    """One of several adapters, as if it were the only one: for `split`, `save_adapter`, `summary`.
+
+    Example:
+      >>> variables = {"params": {}, "randlora": {"a": {"x": 1}, "b": {"x": 2}}}
+      >>> configs = {"a": RandLoraConfig(), "b": RandLoraConfig(randlora_alpha=32)}
+      >>> one, config = select(variables, configs, "b")
+      >>> one["randlora"], config.randlora_alpha
+      ({'x': 2}, 32)
+    """
+    if name not in by_name(config):
+        raise ValueError(f"there is no adapter {name!r}, only {sorted(by_name(config))}")
+    if not isinstance(config, Mapping):
+        return dict(variables), config
+    return {**variables, "randlora": variables["randlora"][name]}, config[name]
+
+
+def insert(
+    variables: trees.Tree,
+    config: Mapping[str, RandLoraConfig],
+    name: str,
+    added: trees.Tree,
+    added_config: RandLoraConfig,
+) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
+    """Adds an adapter, as `adapt` or `load_adapter` returned it, to others by name.
+
+    Nothing is copied, and nothing that is there changes. To delete one, leave it out of both.
+
+    Raises:
+      ValueError: if the name is taken, or if the two can't be on the same bases.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError("config must name its adapters: {'name': config}, as must 'randlora'")
+    if name in config:
+        raise ValueError(f"there is an adapter {name!r} already: {sorted(config)}")
+    configs = {**config, name: added_config}
+    check(configs)
+    bases = [tree["randlora_bases"] for tree in (variables, added)]
+    # The larger pair serves both, since the smaller is its prefix.
+    small, large = sorted(bases, key=lambda b: (b["randlora_B"].size, b["randlora_A"].size))
+    for key, array in small.items():
+        part = large[key][tuple(slice(n) for n in array.shape)]
+        if part.shape != array.shape or not bool((part == array).all()):
+            raise ValueError(
+                f"{key} of {name!r} is not that of the adapters {sorted(config)}: they were not "
+                "drawn in the same way"
+            )
+    scales = {**variables["randlora"], name: added["randlora"]}
+    return {**variables, "randlora": scales, "randlora_bases": dict(large)}, configs
+
+
+def scales_of(variables: trees.Tree, config: Configs) -> dict[str, trees.Tree]:
+    """The trees of scales by adapter."""
+    scales = variables.get("randlora", {})
+    return {name: scales[name] if name else scales for name in by_name(config)}
+
+
+def together(scales: Mapping[str, trees.Tree]) -> dict[str, Any]:
+    """The inverse of `scales_of`: what "randlora" holds."""
+    return dict(scales[""]) if "" in scales else dict(scales)

@@ -1,0 +1,222 @@
+"""The description of an adapter that its checkpoint carries, and whether it is still true."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax import bases as bases_lib
+from randlora_jax import trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.stored import sites_of
+from randlora_jax.training import split
+
+FORMAT = 1
+MARK = "randlora_format"  # the key that tells an adapter from other checkpoints
+
+
+class BadAdapter(ValueError):
+    """What is wrong with a checkpoint, in words that follow its name."""
+
+
+def damaged(what: object) -> BadAdapter:
+    """For a checkpoint that is not what was saved."""
+    return BadAdapter(f"is cut short or altered: {what}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BasesRecord:
+    """How the bases were drawn.
+
+    Attributes:
+      generator: the name of the draw; see `bases.GENERATOR`.
+      max_dim, min_dim, dtype: what it was called with.
+      fingerprint: of each array.
+    """
+
+    generator: str
+    max_dim: int
+    min_dim: int
+    dtype: str
+    fingerprint: dict[str, str]
+
+    @classmethod
+    def of(cls, bases: bases_lib.Bases) -> BasesRecord:
+        A, B = bases["randlora_A"], bases["randlora_B"]
+        sizes = B.shape[0], A.shape[2]
+        return cls(bases_lib.GENERATOR, *sizes, str(A.dtype), fingerprints(bases))
+
+    def draw(
+        self, config: RandLoraConfig, where: jax.sharding.Sharding | None = None
+    ) -> bases_lib.Bases | None:
+        """The bases once more, each device its own part; None if they would be others."""
+        dtype = jnp.float32 if self.dtype == "int8" else self.dtype
+        make = lambda: bases_lib.draw(config, self.max_dim, self.min_dim, dtype)
+        bases = jax.jit(make, out_shardings=where)() if where else make()
+        return bases if fingerprints(bases) == self.fingerprint else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint of an adapter holds.
+
+    Attributes:
+      config: the adapter's.
+      bases: of its bases, whether they are in it or not.
+      arrays: the fingerprint of every array in it, by path.
+    """
+
+    config: RandLoraConfig
+    bases: BasesRecord
+    arrays: dict[str, str]
+
+    @property
+    def holds_bases(self) -> bool:
+        return any(name.startswith("randlora_bases/") for name in self.arrays)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, with a digest of itself."""
+        described = {
+            MARK: FORMAT,
+            "config": self.config.to_dict(),
+            "bases": dataclasses.asdict(self.bases),
+            "arrays": self.arrays,
+        }
+        return {**described, "digest": _digest(described)}
+
+    @classmethod
+    def from_dict(cls, described: Any) -> Manifest:
+        """The inverse of `to_dict`.
+
+        Raises:
+          BadAdapter: if it is of another format, or not what was saved.
+        """
+        if not isinstance(described, Mapping) or MARK not in described:
+            raise damaged("it has no description of an adapter")
+        if described[MARK] != FORMAT:
+            raise BadAdapter(
+                f"has format {described[MARK]!r}, and this library reads {FORMAT}: install the one "
+                "that wrote it, or a newer one"
+            )
+        rest = {key: value for key, value in described.items() if key != "digest"}
+        if described.get("digest") != _digest(rest):
+            raise damaged("its config is not what was saved")
+        config = RandLoraConfig.from_dict(described["config"])
+        return cls(config, BasesRecord(**described["bases"]), dict(described["arrays"]))
+
+    def check_shapes(self, shapes: trees.Tree) -> None:
+        """Raises BadAdapter where arrays can't be those that were saved: before they are read."""
+        found = {_name(path): _shape(leaf) for path, leaf in trees.items(shapes)}
+        _compare(found, {name: text.partition(":")[0] for name, text in self.arrays.items()})
+
+    def check_arrays(self, arrays: trees.Tree) -> None:
+        """Raises BadAdapter unless every bit of the arrays is what was saved."""
+        _compare(fingerprints(arrays), self.arrays)
+
+    def bases_among(
+        self, arrays: trees.Tree, where: jax.sharding.Sharding | None = None
+    ) -> bases_lib.Bases:
+        """The bases as they were saved; or drawn again, and verified."""
+        if "randlora_bases" in arrays:
+            return arrays["randlora_bases"]
+        bases = self.bases.draw(self.config, where)
+        if bases is None:
+            raise BadAdapter(
+                f"has no bases, and projection_prng_key={self.config.projection_prng_key} now "
+                f"draws others (it was saved with the generator {self.bases.generator}, this is "
+                f"{bases_lib.GENERATOR})"
+            )
+        return bases
+
+
+def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any], Manifest]:
+    """The arrays of an adapter, and their description.
+
+    Raises:
+      ValueError: for `save_projection=False` with bases that the seed does not draw.
+    """
+    trainable, _ = split(variables, config)
+    bases = dict(variables["randlora_bases"])
+    record = BasesRecord.of(bases)
+    arrays = nn.unbox(trainable)
+    if config.save_projection:
+        arrays["randlora_bases"] = bases
+    elif record.draw(config) is None:
+        raise ValueError(
+            "save_projection=False, but these bases are not those that projection_prng_key="
+            f"{config.projection_prng_key} draws, and would be lost: set save_projection=True"
+        )
+    return arrays, Manifest(config, record, fingerprints(arrays))
+
+
+def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) -> dict[str, Any]:
+    """Puts an adapter's arrays, bases among them, onto a base.
+
+    Raises:
+      BadAdapter: if they don't fit it.
+    """
+    whole = {**variables, **{k: arrays[k] for k in ("randlora", "randlora_bases")}}
+    try:
+        sites_of(whole, config, guess=True)
+    except ValueError as error:
+        raise BadAdapter(f"does not fit: {error}") from None
+    params = dict(trees.items(variables["params"]))
+    for path, leaf in trees.items(arrays.get("params", {})):
+        if path not in params or nn.unbox(params[path]).shape != leaf.shape:
+            raise BadAdapter(
+                f"has a trained {trees.dotted(path)!r} of shape {leaf.shape}, "
+                "which the base has not: it is of another model"
+            )
+        params[path] = nn.meta.replace_boxed(params[path], leaf)
+    return {**whole, "params": trees.build(params)}
+
+
+def fingerprints(tree: trees.Tree) -> dict[str, str]:
+    """By path: dtype, shape and 64 bits that depend on every bit and its place.
+
+    Exact, and the same however the arrays are sharded.
+    """
+    return {
+        _name(path): f"{_shape(leaf)}:" + "".join(f"{int(half):08x}" for half in _sums(leaf))
+        for path, leaf in trees.items(tree)
+    }
+
+
+def _name(path: trees.Path) -> str:
+    return "/".join(path)
+
+
+def _shape(array: Any) -> str:
+    return f"{np.dtype(array.dtype)}{list(array.shape)}"
+
+
+def _compare(found: dict[str, str], expected: dict[str, str]) -> None:
+    for name in sorted(set(found) | set(expected)):
+        if found.get(name) != expected.get(name):
+            raise damaged(f"{name} is not what was saved")
+
+
+def _digest(described: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(array):
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(array, bits).reshape(-1).astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, words.size)
+
+    def mixed(multiplier):  # odd multipliers and shifts: no two words of one place collide
+        x = (words ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(multiplier)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+        return jnp.sum(x ^ (x >> 12), dtype=jnp.uint32)
+
+    return mixed(0x85EBCA6B), mixed(0xC2B2AE35)

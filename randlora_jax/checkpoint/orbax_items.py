@@ -1,0 +1,153 @@
+"""Adapters as Orbax sees them: one handler for our own folders and for a user's checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from randlora_jax import trees
+from randlora_jax.checkpoint.manifest import MARK, BadAdapter, Manifest, attach, damaged, pack
+from randlora_jax.config import RandLoraConfig
+
+
+def read(
+    path: str | os.PathLike[str], where: Sharding | None = None
+) -> tuple[dict[str, Any], Manifest]:
+    """An adapter without a base, verified: its arrays, and how it was described.
+
+    The bases are among the arrays, drawn again if they were not saved.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapter`.
+    """
+    folder, where = resolved(path), where or _everywhere()
+    if not is_adapter(folder):
+        raise FileNotFoundError(f"{folder} is no adapter: nothing in it that save_adapter wrote")
+    try:
+        arrays, manifest = _read_arrays(folder, where)
+        return {**arrays, "randlora_bases": manifest.bases_among(arrays, where)}, manifest
+    except BadAdapter as error:
+        raise ValueError(f"{folder} {error}") from error
+
+
+def _read_arrays(path: epath.Path, where: Sharding) -> tuple[dict[str, Any], Manifest]:
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        saved = handler.metadata(path)
+        manifest, shapes = Manifest.from_dict(saved.custom_metadata), dict(saved.tree)
+        manifest.check_shapes(shapes)
+        # The devices that it was saved from need not be here: the shardings are ours.
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes
+        )
+        arrays = handler.restore(path, args=ocp.args.StandardRestore(wanted))
+        manifest.check_arrays(arrays)
+    except BadAdapter:
+        raise
+    except Exception as error:  # whatever a damaged file makes Orbax and its parsers raise
+        raise damaged(error) from error
+    return arrays, manifest
+
+
+class AdapterHandler(ocp.StandardCheckpointHandler):
+    """What `AdapterSave` and `AdapterRestore` run on; Orbax makes it by itself."""
+
+    async def async_save(
+        self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None
+    ) -> Any:
+        return await super().async_save(directory, args=standard_save(args.variables, args.config))
+
+    def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        arrays, manifest = read(directory, _everywhere(args.variables))
+        try:
+            return attach(arrays, manifest.config, args.variables), manifest.config
+        except BadAdapter as error:
+            raise ValueError(f"{directory} {error}") from None
+
+
+@ocp.args.register_with_handler(AdapterHandler, for_save=True)
+@dataclasses.dataclass
+class AdapterSave(ocp.args.CheckpointArgs):
+    """An adapter as an item of a user's own Orbax checkpoint, beside the optimizer's state.
+
+    The item holds what `save_adapter` writes, and `load_adapter` reads it too.
+
+    Attributes:
+      variables, config: as for `save_adapter`.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> from randlora_jax.linen import RandLora
+      >>> config = RandLoraConfig(r=2, target_modules="all-linear")
+      >>> variables = RandLora(nn.Dense(3), config).init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> base = {"params": variables["params"]}
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> with ocp.CheckpointManager(pathlib.Path(folder.name)) as manager:
+      ...     args = ocp.args.Composite(adapter=AdapterSave(variables, config),
+      ...                               position=ocp.args.JsonSave({"batch": 7}))
+      ...     saved = manager.save(7, args=args)
+      ...     args = ocp.args.Composite(adapter=AdapterRestore(base),
+      ...                               position=ocp.args.JsonRestore())
+      ...     restored = manager.restore(7, args=args)
+      >>> variables, config = restored.adapter
+      >>> config.r, restored.position
+      (2, {'batch': 7})
+    """
+
+    variables: trees.Tree
+    config: RandLoraConfig
+
+
+@ocp.args.register_with_handler(AdapterHandler, for_restore=True)
+@dataclasses.dataclass
+class AdapterRestore(ocp.args.CheckpointArgs):
+    """Restores what `AdapterSave` saved, as `load_adapter` does: (variables, config).
+
+    Attributes:
+      variables: the base's, `{"params": ...}`.
+    """
+
+    variables: trees.Tree
+
+
+def standard_save(variables: trees.Tree, config: RandLoraConfig) -> ocp.args.StandardSave:
+    """What Orbax's own handler saves of an adapter."""
+    arrays, manifest = pack(variables, config)
+    if jax.process_count() > 1:  # what each process has alone, Orbax takes as NumPy's
+        local = lambda a: np.asarray(a) if a.is_fully_addressable else a
+        arrays = jax.tree.map(local, arrays)
+    return ocp.args.StandardSave(arrays, custom_metadata=manifest.to_dict())
+
+
+def is_adapter(path: epath.Path) -> bool:
+    """Whether the folder looks like one that `save_adapter` made."""
+    described = path / "_METADATA"
+    return described.exists() and f'"{MARK}"'.encode() in described.read_bytes()
+
+
+def resolved(path: str | os.PathLike[str]) -> epath.Path:
+    """The path from the root, as Orbax wants it; one in the cloud is so already."""
+    given = epath.Path(path)
+    return given if "://" in str(given) else given.resolve()
+
+
+def _everywhere(variables: trees.Tree | None = None) -> Sharding:
+    """Where arrays are restored to: to all devices of the base, or of several processes."""
+    found = (getattr(nn.unbox(x), "sharding", None) for _, x in trees.items(variables or {}))
+    for sharding in found:
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, SingleDeviceSharding) and jax.process_count() == 1:
+            return sharding
+    if jax.process_count() == 1:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(Mesh(np.array(jax.devices()), ("all",)), PartitionSpec())

@@ -1,0 +1,136 @@
+"""The command line, `randlora` or `python -m randlora_jax`: looks at adapters, converts, verifies.
+
+Exit codes: 0 all is well; 1 an adapter is damaged, or is not what its seed draws; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from randlora_jax import bases as bases_lib
+from randlora_jax import checkpoint
+from randlora_jax.checkpoint import manifest
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.opened import OURS, PEFT, Opened, open_adapter
+from randlora_jax.peft import config_json, files, llama_name_map
+from randlora_jax.peft.exporting import to_peft
+from randlora_jax.peft.importing import from_peft
+from randlora_jax.tables import readable, table_of
+
+NAMES = {"same": None, "llama": llama_name_map}
+
+
+def inspect(opened: Opened) -> str:
+    """A table of what an adapter is."""
+    config = opened.config
+    size = sum(os.path.getsize(p) for p in opened.folder.rglob("*") if p.is_file())
+    defaults = RandLoraConfig()
+    rows, trains = [], 0
+    for name, pair in sorted(opened.scales.items()):
+        count = sum(np.size(array) for array in pair)
+        trains += count
+        rows.append((name, *(str(np.shape(array)) for array in pair), f"{count:,}"))
+    facts = [("kind", f"{opened.kind}, {readable(size)} on disk"), ("r", str(config.r))]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "r" and value != getattr(defaults, field.name):
+            facts.append((field.name, repr(value)))
+    facts.append(("projection_prng_key", str(config.projection_prng_key)))
+    facts.append(("scales", f"{trains:,} numbers in {len(rows)} layers"))
+    if opened.bases is None:
+        facts.append(("bases", "a seed only: which torch drew them, the file does not say"))
+    else:
+        shapes = [str(np.shape(opened.bases[name])) for name in files.BASES]
+        where = "in the file" if opened.stored else "drawn again from the seed"
+        held = readable(bases_lib.nbytes(opened.bases))
+        facts.append(("bases", f"{' and '.join(shapes)}, {held}, {where}"))
+        facts.append(("drawn by", opened.generator or "unknown: not what the seed draws"))
+        for name, fingerprint in manifest.fingerprints(opened.bases).items():
+            facts.append((f"fingerprint {name}", fingerprint))
+    table = table_of([("layer", "lambda", "gamma", "trains"), *rows], right=(3,))
+    return "\n".join([*table_of(list(dict(facts).items())), "", *table])
+
+
+def convert(opened: Opened, target: str, names: str, overwrite: bool) -> str:
+    """Writes a PEFT adapter as ours, or ours as PEFT's: what was written, in words."""
+    if opened.kind == PEFT:
+        if opened.content.others:
+            raise ValueError(
+                "biases and modules_to_save need the base: use peft.load_adapter, in Python"
+            )
+        variables, config, _ = from_peft(opened.content, NAMES[names], None)
+        checkpoint.save_adapter(target, {"params": {}, **variables}, config, overwrite=overwrite)
+        return f"{target}: an adapter of {OURS}"
+    content = {"params": {}, **opened.content, "randlora_bases": opened.bases}
+    adapter = to_peft(content, opened.config, NAMES[names])
+    values = config_json.content(adapter.config)
+    size = files.write(epath.Path(target), adapter, values, overwrite)
+    copies = readable(bases_lib.nbytes(adapter.bases or {}) * len(adapter.scales))
+    return f"{target}: an adapter of PEFT, {readable(size)}, {copies} of it copies of the bases"
+
+
+def verify(opened: Opened) -> tuple[int, str]:
+    """(exit code, verdict): whether the bases are what the seed draws."""
+    seed = f"projection_prng_key={opened.config.projection_prng_key}"
+    if opened.bases is None:
+        return 1, f"it has no bases to compare with what {seed} draws"
+    if opened.generator is None:
+        return (
+            1,
+            f"neither jax nor torch >= 2.12 draws its bases from {seed}: keep them in the file",
+        )
+    return 0, f"its bases are those that {seed} draws ({opened.generator})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line: the exit code."""
+    parser = argparse.ArgumentParser("randlora", description=__doc__.split(":", 1)[1].strip())
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, described in (
+        ("inspect", "show config, layers, sizes, seed and fingerprints"),
+        ("convert", "write PEFT's adapter as ours, or ours as PEFT's"),
+        ("verify", "check the files, and that the seed draws the bases"),
+    ):
+        command = commands.add_parser(name, help=described, description=described)
+        command.add_argument("path", help="an adapter's folder, PEFT's or ours")
+        if name == "convert":
+            command.add_argument("target", help="a new folder")
+            command.add_argument(
+                "--names",
+                choices=sorted(NAMES),
+                default="same",
+                help="how PEFT's modules are called in the Flax model",
+            )
+            command.add_argument("--overwrite", action="store_true")
+        command.add_argument("--adapter", default="default", help="which of PEFT's sub-folders")
+    args = parser.parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda text, *_, **__: print(f"note: {text}", file=sys.stderr)
+        text: str | Exception
+        try:
+            code, text = run(args)
+        except (FileNotFoundError, FileExistsError) as error:
+            code, text = 2, error
+        except (ValueError, OSError) as error:
+            code, text = 1, error
+    print(text, file=sys.stderr if isinstance(text, Exception) else sys.stdout)
+    return code
+
+
+def run(args: argparse.Namespace) -> tuple[int, str]:
+    """(exit code, what to print) of one command."""
+    opened = open_adapter(args.path, args.adapter)
+    if args.command == "inspect":
+        return 0, inspect(opened)
+    if args.command == "convert":
+        return 0, convert(opened, args.target, args.names, args.overwrite)
+    return verify(opened)

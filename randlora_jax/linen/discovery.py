@@ -1,0 +1,197 @@
+"""Which kernels of a Linen model are to be adapted, and how they are stored: by tracing it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from randlora_jax import targets, trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.linen.calls import OurCall, deterministic_of, unbound
+from randlora_jax.registry import LayerRule, add_rule, rule_for
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, select_layers
+from randlora_jax.stored import stack_axes
+from randlora_jax.targets import Selection
+
+Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
+
+
+def _dense_axes(layer, shape, args, kwargs):
+    del shape, args, kwargs
+    if getattr(layer, "batch_dims", ()):
+        raise ValueError(
+            f"a DenseGeneral with batch_dims={layer.batch_dims} is no map by one kernel: give its "
+            "name to exclude_modules"
+        )
+    axis = getattr(layer, "axis", -1)
+    return tuple(range(1 if isinstance(axis, int) else len(axis)))
+
+
+add_rule(LayerRule(nn.Dense, input_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.DenseGeneral, input_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.Einsum, plain=True))
+
+
+def discover(
+    base: nn.Module,
+    config: RandLoraConfig,
+    parameters: Parameters,
+    variables: trees.Tree,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    method: Any = None,
+    rngs: Mapping[str, Any] | None = None,
+) -> list[Site]:
+    """The sites of a base, which is traced on the arguments and not run.
+
+    Raises:
+      ValueError: for targets that match nothing or nothing linear, and for parameters that are not
+        those of the base.
+    """
+    seen = Discovery(config, parameters)
+    call = unbound(base, method)
+    _, kwargs = deterministic_of(call, args, kwargs)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+
+    def trace(arrays):
+        arrays = iter(arrays)
+        all_leaves = [next(arrays) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
+        args, kwargs = jax.tree.unflatten(treedef, all_leaves)
+        # As init does, of which every model is capable: a cache is made and not used up. The
+        # key stands in for any other that is missing, and nothing is drawn from it.
+        keys = {"params": jax.random.key(0), **(rngs or {})}
+        with nn.intercept_methods(seen):
+            run = seen.calls.marked(call)
+            return base.init(keys, *args, method=run, mutable=True, **kwargs)["params"]
+
+    traced = dict(trees.items(nn.unbox(jax.eval_shape(trace, arrays))))
+    targets.check(config, seen.modules)
+    if config.fan_in_fan_out and all(k.input_axes != (1,) for k in seen.found.values()):
+        warnings.warn(
+            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
+            stacklevel=3,
+        )
+    sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
+    _check_params(dict(trees.items(variables["params"])), traced, sites)
+    return select_layers(sites, config)
+
+
+def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) -> Site:
+    """A kernel as its layer saw it, with the axes that it and its scales have got around it."""
+    site = Site(module, kernel)
+    stored = traced[site.kernel_path].shape
+    scales = zip(
+        (traced[(*site.path, scale)].shape for scale in SCALES),
+        kernel.scale_shapes(config.r),
+        strict=True,
+    )
+    axes = stack_axes(stored, kernel.shape, *scales)
+    return Site(module, kernel, Stack(axes, Stack(axes).split(stored)[1]))
+
+
+def adaptable(
+    module: nn.Module,
+    name: str,
+    config: RandLoraConfig,
+    parameters: Parameters,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[Kernel, str]:
+    """The kernels that a module holds itself, and by which name each is a target."""
+    own = module.variables.get("params", {})
+    found: dict[Kernel, str] = {}
+    rule = rule_for(type(module))
+    if rule is not None and rule.kernel in own:
+        value = nn.unbox(own[rule.kernel])
+        try:
+            found[rule.describe(module, value, config.fan_in_fan_out, args, kwargs)] = name
+        except ValueError as error:
+            if targets.selection(config, name) is not Selection.NO:
+                raise ValueError(f"{name!r}: {error}") from None
+    for label, leaf in own.items():
+        path = f"{name}.{label}" if name else label
+        for pattern, axes in parameters.items():
+            if isinstance(leaf, Mapping) or not targets.names_module((pattern,), path):
+                continue
+            value = nn.unbox(leaf)
+            found.setdefault(Kernel(tuple(value.shape), tuple(axes), label, value.dtype), path)
+    return found
+
+
+class Discovery:
+    """Interceptor that adds zero scales beside each target's kernel, and notes what it saw.
+
+    Attributes:
+      calls: what runs as the model's own.
+      modules: by name, each module's class and whether it can be adapted.
+      found: the targets' kernels by (module, name).
+    """
+
+    def __init__(self, config: RandLoraConfig, parameters: Parameters):
+        self.config, self.parameters, self.calls = config, parameters, OurCall()
+        self.modules: dict[str, tuple[type, bool]] = {}
+        self.found: dict[tuple[trees.Path, str], Kernel] = {}
+        self.mapping: list[str] = []  # what we are within, of the layers that map parameters
+
+    def __call__(self, next_fun, args, kwargs, context):
+        module = context.module
+        if self.calls.method(context) is None:
+            return next_fun(*args, **kwargs)
+        maps = isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
+        self.mapping += [type(module).__name__] * maps
+        y = next_fun(*args, **kwargs)
+        if maps:
+            self.mapping.pop()
+        name = trees.dotted(module.path)
+        kernels = adaptable(module, name, self.config, self.parameters, args, kwargs)
+        self.modules.setdefault(name, (type(module), rule_for(type(module)) is not None))
+        for kernel, target in kernels.items():
+            self.modules[target] = (type(module), True)
+            is_raw = target != name  # asked for by its path already
+            if is_raw or targets.selection(self.config, target) is not Selection.NO:
+                self._add_scales(module, kernel)
+        return y
+
+    def _add_scales(self, module: nn.Module, kernel: Kernel) -> None:
+        # A lifted layer was seen inside already, a shared one at its first call; and one whose
+        # methods use it in several ways has its scales as the first of them does.
+        kernel = self.found.get((module.path, kernel.name), kernel)
+        own, scope = module.variables["params"], module.scope
+        assert scope is not None  # it is running
+        if (kernel.label[0] if kernel.label else LAMBDA) in own:
+            return
+        if self.mapping:
+            raise ValueError(
+                f"{trees.dotted(module.path)!r} is within a {self.mapping[-1]}, which would "
+                "change its scales too: give its name to exclude_modules"
+            )
+        self.found[module.path, kernel.name] = kernel
+        # Their place says how they are stacked: with the kernel, by whatever lifts its layer.
+        zeros = {
+            scale: jnp.zeros(shape)
+            for scale, shape in zip(SCALES, kernel.scale_shapes(self.config.r), strict=True)
+        }
+        for key, value in ({kernel.label[0]: zeros} if kernel.label else zeros).items():
+            # Not scope.param, which would draw a key and so change the base's initial values.
+            scope.variable("params", key, lambda value=value: value)
+
+
+def _check_params(given: Mapping[trees.Path, Any], traced, sites: list[Site]) -> None:
+    """Raises a ValueError where the parameters are not those of the model that was traced."""
+    for site in sites:
+        where = site.kernel_path
+        name, shape = trees.dotted(where), traced[where].shape
+        if where not in given:
+            raise ValueError(f"'params' has no {name!r}: it is of another model")
+        if nn.unbox(given[where]).shape != shape:
+            raise ValueError(
+                f"'params' has a {name!r} of {nn.unbox(given[where]).shape}, but the model has "
+                f"{shape}: it is of another model"
+            )

@@ -1,0 +1,294 @@
+"""RandLoRA for Flax Linen: a wrapper that adapts the linear layers of any module it is given.
+
+Inside the model the scales sit in `"params"` beside their kernel, the one place that survives
+`nn.scan` and `nn.vmap` written with `variable_axes={"params": 0}`. Outside, the wrapper shows them
+as the collection `"randlora"`, so that the base's parameters are what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import unfreeze
+from jax.typing import DTypeLike
+
+from randlora_jax import merging, trees
+from randlora_jax.adapters import named
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.initial import initial_bases, initial_scales
+from randlora_jax.linen.calls import deterministic_of, unbound
+from randlora_jax.linen.discovery import discover
+from randlora_jax.linen.layers import LayerUpdates
+from randlora_jax.ops.costs import Strategy
+from randlora_jax.sites import SCALES, Site, Stack, is_scale, parse_label, scale_name
+from randlora_jax.stored import adapted_layers, scale_pairs, sites_of
+
+_ADDED = ("randlora", "randlora_bases")
+_ALL = nn.DenyList("intermediates")  # what init returns, as in Flax
+
+
+class RandLora(nn.Module):
+    """A module whose linear layers compute with `W + dW`; everything else is the base's.
+
+    It is called like its base, has its base's parameter paths and initial values, and keeps what
+    it adds in two collections: `"randlora"`, a `randlora_lambda` (r, n) and a `randlora_gamma`
+    (n, min(in, out)) for each adapted kernel, stacked where the kernel is, float32; and
+    `"randlora_bases"`, `randlora_A` and `randlora_B`, once for all layers.
+
+    Attributes:
+      base: the module to adapt; it stays as it is.
+      config: what to adapt and how; or several adapters by name, {"chat": config, ...}, on the
+        same bases. Then `"randlora"` holds a tree for each name.
+      active: the names whose updates are summed; all by default, () for the base alone.
+      parameters: raw parameters to adapt, which belong to no layer: by path, or suffix of one at
+        a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}.
+      deterministic: switches the adapter's dropout off, where the call does not say so. As for
+        `nn.Dropout`, one of the two must, if `randlora_dropout` is not 0.
+      strategy: "auto" picks the way with fewer operations for the number of tokens at hand;
+        "merged" and "factored" force one.
+      bases_dtype: of the bases that `adapt` and `init` draw; bfloat16 halves them, in memory and
+        in checkpoints. Ternary bases are int8 whatever it says.
+
+    Raises:
+      ValueError: for targets that match nothing or nothing linear, for missing collections and
+        for shapes that don't fit, before anything is computed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = RandLora(nn.Dense(3), RandLoraConfig(r=2, target_modules="all-linear"))
+      >>> x = jnp.ones((1, 4))
+      >>> params = nn.Dense(3).init(jax.random.key(0), x)["params"]
+      >>> variables = model.adapt({"params": params}, x)
+      >>> jax.tree.map(jnp.shape, variables["randlora"])
+      {'randlora_gamma': (2, 3), 'randlora_lambda': (2, 2)}
+      >>> bool((model.apply(variables, x) == nn.Dense(3).apply({"params": params}, x)).all())
+      True
+    """
+
+    base: nn.Module
+    config: RandLoraConfig | Mapping[str, RandLoraConfig]
+    active: tuple[str, ...] | None = None
+    parameters: Mapping[str, tuple[int, ...]] = nn.FrozenDict()
+    deterministic: bool | None = None
+    strategy: Strategy = "auto"
+    bases_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        base = self.base
+        if isinstance(base, RandLora):
+            raise ValueError("base is a RandLora already: name its adapters in one config, {...}")
+        # As an attribute of ours it would be adopted: under the name "base", with keys that
+        # depend on it. It is bound as Flax binds an outermost module instead.
+        object.__setattr__(self, "base", None)
+        super().__post_init__()
+        named.check(self.config, self.active)
+        if self.scope is not None and base.scope is None:
+            base = base.clone(parent=self.scope, name=base.name or "base")
+        object.__setattr__(self, "base", base)
+        if self.scope is not None and base.scope is not self.scope:
+            nn.share_scope(self, base)  # no level of its own in the base's paths
+
+    def apply(self, variables, *args, method=None, mutable=False, **options) -> Any:
+        """`nn.Module.apply` of the base; `method` is one of the base's: a name or a function."""
+        call = unbound(self.base, method)
+        names = ("rngs", "capture_intermediates")
+        outer = {k: options.pop(k) for k in names if k in options}
+        updates, kwargs = self._updates(call, variables, args, options)
+        inside = _base_of(variables)
+        if updates is not None:
+            inside["params"] = self._joined(variables)
+        with _intercepted(updates):
+            result = self.base.apply(
+                inside, *args, method=_marked(updates, call), mutable=mutable, **outer, **kwargs
+            )
+        if mutable is False or "params" not in result[1]:
+            return result
+        params = trees.filtered(result[1]["params"], lambda path, _: not is_scale(path[-1]))
+        return result[0], {**result[1], "params": params}
+
+    def init_with_output(self, rngs, *args, method=None, mutable=_ALL, **options) -> Any:
+        """`nn.Module.init_with_output` of the base, and then `adapt`."""
+        call = unbound(self.base, method)
+        _, kwargs = deterministic_of(call, args, options)
+        y, variables = self.base.init_with_output(
+            rngs, *args, method=call, mutable=mutable, **kwargs
+        )
+        variables = self.adapt(variables, *args, method=method, **options)
+        if not self._starts_at_zero:
+            y = self.apply(variables, *args, method=method, **{"deterministic": True, **options})
+        return y, variables
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """Runs the base within another module; `apply` and `init` do without."""
+        call, scope = unbound(self.base, None), self.scope
+        if scope is not None and self.is_initializing():
+            _, known = deterministic_of(call, args, kwargs)
+            y = call(self.base, *args, **known)
+            missing = [collection for collection in _ADDED if collection not in self.variables]
+            if missing:
+                outside = self.clone(parent=None, base=self.base.clone(parent=None))
+                added = outside.adapt(_base_of(self.base.variables), *args, **kwargs)
+                for collection in missing:
+                    for name, value in added[collection].items():
+                        scope.put_variable(collection, name, value)
+            if self._starts_at_zero:
+                return y
+            kwargs = {"deterministic": True, **kwargs}
+        updates, kwargs = self._updates(call, self.variables, args, kwargs)
+        if updates is None:
+            return call(self.base, *args, **kwargs)
+        updates.depth = len(self.base.path)
+
+        def adapted(base, *args, **kwargs):
+            with _intercepted(updates):
+                return _marked(updates, call)(base, *args, **kwargs)
+
+        join = lambda target: {"params": self._joined(target)}
+        run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
+        return run(self.base, *args, **kwargs)
+
+    def adapt(self, variables, *args, method=None, rngs=None, **kwargs) -> dict[str, Any]:
+        """Adds scales and bases to a base's variables, of which no copy is made.
+
+        The base is traced on the arguments, which can be `jax.ShapeDtypeStruct`s, and not run.
+
+        Args:
+          variables: the base's, `{"params": ...}`.
+          *args, **kwargs: example inputs, as the base is called.
+          method: the base's method to trace, `__call__` by default.
+          rngs: only where the traced call needs them.
+
+        Returns:
+          The variables as given, with `"randlora"` and `"randlora_bases"` beside them.
+
+        Raises:
+          ValueError: for targets that match nothing or nothing linear, and for parameters that are
+            not the base's.
+        """
+        variables = unfreeze(variables)
+        if "params" not in variables:
+            raise ValueError(
+                f"variables has the collections {sorted(variables)} and no 'params': adapt takes "
+                "the base's variables, {'params': ...}"
+            )
+        configs = named.by_name(self.config)
+        sites = {
+            name: discover(self.base, one, self.parameters, variables, args, kwargs, method, rngs)
+            for name, one in configs.items()
+        }
+        scales = {
+            name: trees.build(_boxed(initial_scales(one, sites[name]), sites[name], variables))
+            for name, one in configs.items()
+        }
+        return {
+            **variables,
+            "randlora": named.together(scales),
+            "randlora_bases": initial_bases(configs, sites, self.bases_dtype),
+        }
+
+    def merge(self, variables, *args, safe: bool = True, **kwargs) -> dict[str, Any]:
+        """The base's parameters with the active updates in them, for `base.apply({"params": ...})`.
+
+        Computed in float32 and rounded once to each kernel's dtype; the given variables stay as
+        they are, so that nothing needs to be unmerged.
+
+        Args:
+          variables: as `adapt` returned them, trained or not.
+          *args, **kwargs: example inputs as for `adapt`, needed only where a kernel's shape does
+            not tell which of its axes are inputs (an error says so).
+          safe: refuse results that are not finite. It needs real values: no effect under `jit`.
+
+        Raises:
+          ValueError: naming the layer, if its merged kernel is not finite or nothing fits.
+        """
+        params = variables["params"]
+        for name in named.active_names(self.config, self.active):
+            one, config = named.select(variables, self.config, name)
+            known = None
+            if args or kwargs:
+                base = _base_of(variables)
+                seen = discover(self.base, config, self.parameters, base, args, kwargs)
+                known = {site.path: site for site in seen}
+            sites = sites_of(one, config, known)
+            params = merging.merge_sites({**one, "params": params}, config, sites, safe=safe)
+        return params
+
+    @property
+    def _starts_at_zero(self) -> bool:
+        return all(config.init_weights for config in named.by_name(self.config).values())
+
+    @nn.nowrap
+    def _active(self) -> dict[str, RandLoraConfig]:
+        configs = named.by_name(self.config)
+        return {name: configs[name] for name in named.active_names(self.config, self.active)}
+
+    @nn.nowrap
+    def _joined(self, variables) -> dict[str, Any]:
+        """Parameters with the active adapters' scales beside their kernels.
+
+        There the model's own transforms carry them as they carry the kernels.
+        """
+        params = variables.get("params", {})
+        scales = named.scales_of(variables, self.config)
+        added = {}
+        for name, config in self._active().items():
+            for path, pair in scale_pairs(scales[name]):
+                where, _ = parse_label(path)
+                layers = adapted_layers(config, where[:-1])
+                for scale, leaf in zip(SCALES, pair, strict=True):
+                    if layers is not None:
+                        stack = Stack((0,), nn.unbox(trees.get(params, where)).shape[:1], layers)
+                        leaf = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
+                    added[(*path, scale_name(scale, name))] = leaf
+        return trees.union(params, trees.build(added))
+
+    @nn.nowrap
+    def _updates(self, call, variables, args, kwargs) -> tuple[LayerUpdates | None, dict[str, Any]]:
+        """What adapts the layers in a call, None if nothing is active; the base's keywords."""
+        active = self._active()
+        given, kwargs = deterministic_of(call, args, kwargs)
+        given = self.deterministic if given is None else given
+        if not active:
+            return None, kwargs
+        if not variables.get("randlora_bases") or "randlora" not in variables:
+            raise ValueError(
+                f"variables has the collections {sorted(variables)}, but an adapted model needs "
+                "'randlora' and 'randlora_bases' too: make them with adapt(variables, x)"
+            )
+        rate = max(config.randlora_dropout for config in active.values())
+        if rate and given is None:
+            raise ValueError(
+                f"randlora_dropout={rate} needs deterministic=True or False, in the call or in "
+                "RandLora(..., deterministic=...)"
+            )
+        bases = dict(variables["randlora_bases"])
+        off = rate == 0 or bool(given)
+        return LayerUpdates(active, self.parameters, bases, off, self.strategy), kwargs
+
+
+def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in variables.items() if name not in _ADDED}
+
+
+def _intercepted(updates: LayerUpdates | None):
+    return contextlib.nullcontext() if updates is None else nn.intercept_methods(updates)
+
+
+def _marked(updates: LayerUpdates | None, call: Callable) -> Callable:
+    return call if updates is None else updates.calls.marked(call)
+
+
+def _boxed(scales: Mapping[trees.Path, Any], sites: list[Site], variables) -> dict[trees.Path, Any]:
+    """Scales in boxes like their kernels': gamma has the axis name of the side that it scales."""
+    boxed = dict(scales)
+    for site in sites:
+        box = trees.get(variables["params"], site.kernel_path)
+        if isinstance(box, nn.Partitioned):
+            for scale, names in site.scale_axes(box.names).items():
+                path = (*site.path, scale)
+                boxed[path] = box.replace(value=scales[path], names=names)
+    return boxed

@@ -1,0 +1,286 @@
+"""RandLoRA for Flax NNX: a function that adapts the linear layers of any model, in place.
+
+Paths of parameters, tied modules, containers and `isinstance` stay what they were: an adapted
+layer gets a subclass of its own class, with its scales beside its kernel. The bases are one pair,
+at the root of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from randlora_jax import checkpoint, merging, trees
+from randlora_jax.adapters import named
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.initial import initial_bases, initial_scales
+from randlora_jax.nnx.classes import adapted, adapted_modules, rooted, set_class
+from randlora_jax.nnx.discovery import Modules, find, modules_of, variable_of
+from randlora_jax.nnx.layers import LayerUpdates, RandLoraBasis, RandLoraParam, holder
+from randlora_jax.nnx.state import (
+    base_variables,
+    check_same,
+    config_of,
+    set_params,
+    spread,
+    update,
+    variables,
+)
+from randlora_jax.ops.costs import Strategy
+from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
+from randlora_jax.stored import sites_of
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def inject(
+    model: Model,
+    config: RandLoraConfig | Mapping[str, RandLoraConfig],
+    *,
+    active: tuple[str, ...] | None = None,
+    parameters: Mapping[str, tuple[int, ...]] | None = None,
+    strategy: Strategy = "auto",
+    rngs: nnx.Rngs | None = None,
+    bases_dtype: jax.typing.DTypeLike = jnp.float32,
+    values: trees.Tree | None = None,
+) -> Model:
+    """Adapts a model's linear layers in place: they compute with `W + dW` from now on.
+
+    Each adapted kernel gets a `randlora_lambda` (r, n) and a `randlora_gamma` (n, min(in, out)),
+    stacked where the kernel is, and the model `randlora_A` and `randlora_B`, once for all layers.
+    On an abstract model, made by `nnx.eval_shape`, what is added is abstract too.
+
+    Args:
+      model: any NNX module.
+      config: what to adapt and how; or several adapters by name, {"chat": config, ...}, on the
+        same bases. Then the names of their scales end in ":chat".
+      active: the names whose updates are summed; all by default, () for the base alone.
+      parameters: raw parameters to adapt, which belong to no layer and no stack: by path, or suffix
+        of one at a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}.
+      strategy: "auto" picks the way with fewer operations; "merged" and "factored" force one.
+      rngs: where `randlora_dropout` draws from, its stream "dropout". `model.eval()` and
+        `model.train()` switch the dropout as they do `nnx.Dropout`.
+      bases_dtype: of the bases that are drawn; bfloat16 halves them. Ternary bases are int8.
+      values: scales and bases to begin with, as `variables` or `randlora_jax.load_adapter` give
+        them; parameters too, where they trained.
+
+    Returns:
+      The model itself.
+
+    Raises:
+      ValueError: for targets that match nothing or nothing linear, and for shapes that don't fit,
+        before anything is changed.
+
+    Example:
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((1, 4))
+      >>> y = model(x)
+      >>> _ = inject(model, RandLoraConfig(r=2, target_modules="all-linear"))
+      >>> jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(model, RandLoraParam)))
+      {'randlora_gamma': (2, 3), 'randlora_lambda': (2, 2)}
+      >>> bool((model(x) == y).all()), isinstance(model, nnx.Linear)
+      (True, True)
+    """
+    named.check(config, active)
+    modules, configs = modules_of(model), named.by_name(config)
+    for path, module in modules.items():
+        if hasattr(module, "randlora_class"):
+            name = trees.dotted(path) or "(root)"
+            raise ValueError(f"{name!r} is injected already: merge or remove that first")
+    sites = {name: find(modules, one, parameters or {}) for name, one in configs.items()}
+    if values is None:
+        scales, bases = _initial(configs, modules, sites, bases_dtype)
+    else:
+        bases, given = values["randlora_bases"], named.scales_of(values, config)
+        scales = {name: dict(trees.items(given[name])) for name in configs}
+        for name, one in configs.items():
+            stored = {
+                path: s for site in sites[name] for path, s in site.stored_scales(one.r).items()
+            }
+            check_same(given[name], trees.build(stored))
+            whole = {"randlora": given[name], "randlora_bases": bases, **base_variables(model)}
+            sites_of(whole, one, guess=True)
+    stream: Any = None
+    if rngs is not None and any(one.randlora_dropout for one in configs.values()):
+        stream = rngs["dropout"]
+    for name, one in configs.items():
+        for site in sites[name]:
+            _attach(modules[site.module], site, name, scales[name])
+            if one.randlora_dropout:
+                _attach_dropout(modules[site.module], site.stack, stream)
+    active_configs = _active(configs, active)
+    for path, kernels in _kernels(sites).items():
+        layer: Any = modules[path]
+        layer.randlora_updates = LayerUpdates(kernels, active_configs, strategy)
+        layer_class: Any = type(layer)
+        set_class(layer, adapted(layer_class))
+    # Every device needs all of the bases, as they are.
+    variables = [variable_of(modules, site) for own in sites.values() for site in own]
+    sharded = any(_axis_names(variable) is not None for variable in variables)
+    for key, value in bases.items():
+        metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
+        setattr(model, key, RandLoraBasis(value, **metadata))
+    root: Any = model
+    root.randlora_config = config if isinstance(config, RandLoraConfig) else tuple(config.items())
+    set_class(model, rooted(type(model)))
+    set_params(model, {} if values is None else values.get("params", {}))
+    return model
+
+
+def _initial(
+    configs: Mapping[str, RandLoraConfig],
+    modules: Modules,
+    sites: Mapping[str, Sequence[Site]],
+    dtype: jax.typing.DTypeLike,
+):
+    """Scales by adapter and path, and bases; abstract, if the model is."""
+
+    def make():
+        scales = {name: initial_scales(one, sites[name]) for name, one in configs.items()}
+        return scales, initial_bases(configs, sites, dtype)
+
+    variables = [variable_of(modules, site) for own in sites.values() for site in own]
+    abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
+    return jax.eval_shape(make) if abstract else make()
+
+
+def _attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
+    """Gives a module its scales, stacked as its kernel is."""
+    for label in site.kernel.label:
+        if not hasattr(module, label):
+            setattr(module, label, nnx.Dict())
+    names = _axis_names(getattr(module, site.kernel.name))
+    axes = site.scale_axes(names) if names is not None else {}
+    beside = holder(module, site.kernel)
+    for scale in SCALES:
+        value = spread(site.stack, scales[(*site.path, scale)])
+        metadata: dict[str, Any] = {"out_sharding": axes[scale]} if axes else {}
+        setattr(beside, scale_name(scale, adapter), RandLoraParam(value, **metadata))
+    if site.stack.layers is not None:
+        ones = jnp.ones((len(site.stack.layers), 1, 1))
+        rows = RandLoraBasis(site.stack.spread(ones))
+        setattr(module, scale_name("randlora_rows", adapter), rows)
+
+
+def _attach_dropout(module: Any, stack: Stack, stream: Any) -> None:
+    if hasattr(module, "randlora_rngs"):
+        return
+    if not hasattr(module, "deterministic"):
+        module.deterministic, module.randlora_switch = False, True
+    sizes = stack.join((), stack.sizes)
+    module.randlora_rngs = stream and (stream.split(sizes) if sizes else stream.fork())
+
+
+def _axis_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
+    """The names of a variable's axes, as far as it has any."""
+    return variable.get_metadata().get("out_sharding")
+
+
+def _kernels(sites: Mapping[str, Sequence[Site]]) -> dict[trees.Path, tuple[Kernel, ...]]:
+    """The kernels of each module, whichever adapters have scales for them."""
+    found: dict[trees.Path, dict[Kernel, None]] = {}
+    for site in (site for own in sites.values() for site in own):
+        found.setdefault(site.module, {})[site.kernel] = None
+    return {path: tuple(kernels) for path, kernels in found.items()}
+
+
+def _active(
+    configs: Mapping[str, RandLoraConfig], active: tuple[str, ...] | None
+) -> tuple[tuple[str, RandLoraConfig], ...]:
+    return tuple((name, configs[name]) for name in named.active_names(configs, active))
+
+
+def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
+    """Switches adapters: the updates of the `names` are summed from now on; () is the base alone.
+
+    Example:
+      >>> configs = {n: RandLoraConfig(r=2, target_modules="all-linear") for n in ("a", "b")}
+      >>> model = inject(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), configs)
+      >>> set_active(model, ("b",))
+    """
+    config = config_of(model)
+    named.check(config, names)
+    active = _active(named.by_name(config), names)
+    for module in adapted_modules(model).values():
+        module.randlora_updates = dataclasses.replace(module.randlora_updates, adapters=active)
+
+
+def load_adapter(path: str | os.PathLike[str], model: nnx.Module, **options: Any) -> RandLoraConfig:
+    """Loads what `save_adapter` saved, from a Linen or an NNX model, into an NNX model.
+
+    Args:
+      path: a folder that `save_adapter` made.
+      model: not injected yet, or with this same adapter's config.
+      **options: for `inject`.
+
+    Returns:
+      The adapter's config.
+
+    Raises:
+      ValueError, FileNotFoundError: as `randlora_jax.load_adapter`; the model is as it was then.
+    """
+    loaded, config = checkpoint.load_adapter(path, base_variables(model))
+    if "randlora_config" not in vars(model):
+        inject(model, config, values=loaded, **options)
+    elif config_of(model) == config:
+        update(model, loaded)
+    else:
+        raise ValueError(
+            f"{path} has another config than the adapter that the model has: merge or remove that "
+            f"first. They are {config} and {config_of(model)}"
+        )
+    return config
+
+
+def merge(model: Model, *, safe: bool = True) -> Model:
+    """Folds the active updates into the kernels, and takes away what `inject` added.
+
+    Computed in float32 and rounded once to each kernel's dtype; shardings stay.
+
+    Args:
+      model: an injected model; it is changed in place.
+      safe: refuse results that are not finite. It needs real values: no effect under `jit`.
+
+    Raises:
+      ValueError: naming the layer, if its merged kernel is not finite; nothing is changed then.
+    """
+    config, values = config_of(model), variables(model)
+    known: dict[trees.Path, Site] = {}
+    active: Sequence[tuple[str, RandLoraConfig]] = ()
+    for path, module in adapted_modules(model).items():
+        active = module.randlora_updates.adapters
+        for site in (Site(path, kernel) for kernel in module.randlora_updates.kernels):
+            known[site.path] = site
+    params = values["params"]
+    for name, one_config in active:
+        one, _ = named.select(values, config, name)
+        sites = sites_of(one, one_config, known)
+        params = merging.merge_sites({**one, "params": params}, one_config, sites, safe=safe)
+    set_params(model, params)
+    return remove(model)
+
+
+def remove(model: Model) -> Model:
+    """Takes away what `inject` added, and leaves the parameters as they are."""
+    config_of(model)
+    layers = adapted_modules(model).values()
+    set_class(model, _original(model))
+    for module in layers:
+        labels = {label for kernel in module.randlora_updates.kernels for label in kernel.label}
+        for key in labels | ({"deterministic"} if hasattr(module, "randlora_switch") else set()):
+            delattr(module, key)
+        set_class(module, _original(module))
+    for module in (*layers, model):
+        for key in [key for key in vars(module) if key.startswith("randlora_")]:
+            delattr(module, key)
+    return model
+
+
+def _original(module: Any) -> type[nnx.Module]:
+    return type(module).randlora_class

@@ -1,0 +1,251 @@
+"""The products of `x . (W + dW)` and of its gradients: one device's share.
+
+The update is dW = L @ R with L (in, m) and R (m, out), one of which is U = lambda * A * gamma and
+the other V, B flattened; m = r * n.
+
+| operand | shape, in the kernel's own axes | |
+|---|---|---|
+| kernel | (in..., out...) | absent where the update alone is wanted |
+| x | (tokens..., in...) | |
+| dy | (tokens..., out...) | in the backward pass |
+| A | (r, small...) | the part of `randlora_A` that the layer reads |
+| V | (large..., m) | the same of `randlora_B`, its columns basis-major |
+| lam | (a, r, n) | of a adapters, whose updates are summed |
+| gamma | (a, n, small...) | |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from randlora_jax.ops.costs import Strategy, cheapest
+from randlora_jax.ops.partitioning import Arrays, Division, Factors, Part, divide
+
+
+def accumulation_dtype(*dtypes: Any) -> Any:
+    """The dtype to accumulate in: the widest of these, and float32 at least."""
+    return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: d.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static part of one call. The kernel is (in..., out...), x is (tokens..., in...)."""
+
+    token_axes: int  # how many of x
+    input_axes: int  # how many of the kernel
+    kernel_shape: tuple[int, ...]
+    plus_kernel: bool
+    precision: Any
+    preferred: Any  # dtype of the result, None for the operands'
+    strategy: Strategy
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The kernel's shape on the side of the inputs and on that of the outputs."""
+        return self.kernel_shape[: self.input_axes], self.kernel_shape[self.input_axes :]
+
+    @property
+    def inputs_are_small(self) -> bool:
+        """Whether U, the factor that trains, is the one that x meets first."""
+        ins, outs = self.sides
+        return math.prod(ins) <= math.prod(outs)
+
+    @property
+    def small_large(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The kernel's shape on its small and on its large side."""
+        ins, outs = self.sides
+        return (ins, outs) if self.inputs_are_small else (outs, ins)
+
+    def division(self, backward: bool) -> Division:
+        """How the arrays of a forward or backward pass are divided among devices."""
+        tokens, ins, outs = self._factors
+        small, large = (ins, outs) if self.inputs_are_small else (outs, ins)
+        operands = {
+            "kernel": Part(ins + outs),
+            "x": Part(tokens + ins),
+            "dy": Part(tokens + outs),
+            "A": Part(("r", *small), group="s"),
+            "V": Part((*large, "m"), group="v"),
+            "lam": Part(("a", "r", "n")),
+            "gamma": Part(("a", "n", *small), group="s"),
+        }
+        results = {
+            "y": Part(tokens + outs, sums=ins),
+            "dx": Part(tokens + ins, sums=outs),
+            "d_lam": Part(("a", "r", "n"), sums=tokens + ins + outs),
+            "d_gamma": Part(("a", "n", *small), sums=tokens + large, group="s"),
+        }
+        absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
+        absent |= set() if self.plus_kernel else {"kernel"}
+        present = lambda table: {name: p for name, p in table.items() if name not in absent}
+        whole = ("a", "r", "n", "m")
+        return divide(present(operands), present(results), first=tokens, whole=whole)
+
+    @property
+    def kernel_gradient_division(self) -> Division:
+        tokens, ins, outs = self._factors
+        return divide(
+            {"x": Part(tokens + ins), "dy": Part(tokens + outs)},
+            {"d_kernel": Part(ins + outs, sums=tokens)},
+            first=tokens,
+        )
+
+    @property
+    def _factors(self) -> tuple[Factors, Factors, Factors]:
+        """Names of the axes of tokens, inputs and outputs, as `Division` wants them."""
+        named = lambda name, count: tuple(f"{name}{axis}" for axis in range(count))
+        ins, outs = self.sides
+        return named("t", self.token_axes), named("i", len(ins)), named("o", len(outs))
+
+
+@jax.custom_jvp
+def computed_after(value, other):
+    """The same value to the last bit, but not before `other` is there.
+
+    What is made of the scales alone, XLA would make for all layers before the first of them runs,
+    or keep from the forward to the backward pass: an array of a kernel's size for every layer. An
+    optimization barrier does not help, since XLA takes it away before it decides on an order.
+    """
+    return _computed_after(value, other)
+
+
+computed_after.defjvp(lambda primals, tangents: (computed_after(*primals), tangents[0]))
+
+
+@custom_vmap
+def _computed_after(value, other):
+    if other.size == 0:
+        return value
+    # Nothing is greater than infinity, not even what is no number; but XLA does not know that.
+    return value + (other[(0,) * other.ndim] > jnp.inf).astype(value.dtype)
+
+
+@_computed_after.def_vmap
+def _(size, batched, value, other):
+    # One number of all examples will do, so that a value which they share stays one.
+    del size
+    return _computed_after(value, other), batched[0]
+
+
+def factors(A, V, lam, gamma, inputs_are_small, dtype):
+    """L (in, m) and R (m, out), of which dW = L @ R: U and V, transposed for in <= out.
+
+    From A (r, small), V (large, m), and the lambda (a, r, n) and gamma (a, n, small) of a adapters,
+    whose updates are summed.
+    """
+    outer = sum(lam[i][:, :, None] * gamma[i][None] for i in range(lam.shape[0]))  # (r, n, small)
+    U = (outer * A[:, None].astype(outer.dtype)).reshape(-1, A.shape[-1])  # row k * n + b
+    U, V = U.astype(dtype), V.astype(dtype)
+    return (U.T, V.T) if inputs_are_small else (V, U)
+
+
+def _scale_gradients(A, lam, gamma, dU):
+    """Gradients of lambda and gamma from that of U, (m, small)."""
+    (_, r, n), small = lam.shape, A.shape[-1]
+    weighted = dU.reshape(r, n, small) * A[:, None].astype(dU.dtype)
+    d_lam = jnp.einsum("kbj,abj->akb", weighted, gamma.astype(dU.dtype))
+    d_gamma = jnp.einsum("kbj,akb->abj", weighted, lam.astype(dU.dtype))
+    return d_lam.astype(lam.dtype), d_gamma.astype(gamma.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One device's share of a pass: a function of operands by name."""
+
+    spec: Spec
+
+    def dot(self, a, b, a_axes, b_axes, dtype):
+        dims = ((tuple(a_axes), tuple(b_axes)), ((), ()))
+        return lax.dot_general(a, b, dims, self.spec.precision, dtype)
+
+    def factors(self, x, latest, A, V, lam, gamma):
+        """L (in, m), R (m, out), the shapes in and out have here, and the ways to compute.
+
+        They are not computed before `latest`, x or dy.
+        """
+        spec = self.spec
+        small, large = A.shape[1:], V.shape[:-1]
+        left, right = factors(
+            A.reshape(A.shape[0], -1),
+            V.reshape(-1, V.shape[-1]),
+            computed_after(lam, latest),
+            gamma.reshape(*gamma.shape[:2], -1),
+            spec.inputs_are_small,
+            x.dtype,
+        )
+        ins, outs = (small, large) if spec.inputs_are_small else (large, small)
+        sizes = math.prod(x.shape[: spec.token_axes]), left.shape[0], right.shape[1]
+        ways = cheapest(*sizes, left.shape[1], spec.strategy, spec.plus_kernel)
+        return left, right, ins, outs, ways
+
+    def merged(self, kernel, left, right, shape):
+        """W + L.R, accumulated in float32 and rounded once to the kernel's dtype."""
+        dtype = accumulation_dtype(left.dtype)
+        delta = self.dot(left, right, (1,), (0,), dtype).reshape(shape)
+        if kernel is None:
+            return delta.astype(left.dtype)
+        return (kernel.astype(dtype) + delta).astype(kernel.dtype)
+
+
+class Forward(Pass):
+    """Gives y."""
+
+    def __call__(self, x, A, V, lam, gamma, kernel=None) -> Arrays:
+        spec = self.spec
+        left, right, ins, outs, (merge, _) = self.factors(x, x, A, V, lam, gamma)
+        inputs = range(spec.token_axes, x.ndim), range(len(ins))
+        if merge:
+            merged = self.merged(kernel, left, right, (*ins, *outs))
+            return {"y": self.dot(x, merged, *inputs, spec.preferred)}
+        thin = self.dot(x, left.reshape(*ins, -1), *inputs, x.dtype)  # (tokens..., m)
+        y = self.dot(thin, right.reshape(-1, *outs), (thin.ndim - 1,), (0,), spec.preferred)
+        if kernel is not None:
+            y = self.dot(x, kernel, *inputs, spec.preferred) + y
+        return {"y": y}
+
+
+class Backward(Pass):
+    """Gives the gradients of x, lambda and gamma."""
+
+    def __call__(self, x, dy, A, V, lam, gamma, kernel=None) -> Arrays:
+        left, right, ins, outs, (_, merge) = self.factors(x, dy, A, V, lam, gamma)
+        dtype = accumulation_dtype(x.dtype)
+        tokens = range(self.spec.token_axes)
+        outputs = range(len(tokens), dy.ndim), range(len(ins), len(ins) + len(outs))
+        if merge:
+            dx = self.dot(dy, self.merged(kernel, left, right, (*ins, *outs)), *outputs, x.dtype)
+            dW = self.dot(x, dy, tokens, tokens, dtype).reshape(left.shape[0], -1).astype(x.dtype)
+            if self.spec.inputs_are_small:  # U.T is on the left
+                dU = self.dot(right, dW, (1,), (1,), dtype)
+            else:
+                dU = self.dot(left, dW, (0,), (0,), dtype)
+        else:
+            left, right = left.reshape(*ins, -1), right.reshape(-1, *outs)
+            thin = self.dot(dy, right, outputs[0], range(1, right.ndim), x.dtype)  # (tokens..., m)
+            dx = self.dot(thin, left, (thin.ndim - 1,), (left.ndim - 1,), x.dtype)
+            if kernel is not None:
+                dx = self.dot(dy, kernel, *outputs, x.dtype) + dx
+            if self.spec.inputs_are_small:
+                dU = self.dot(thin, x, tokens, tokens, dtype)
+            else:
+                hidden = self.dot(x, left, range(len(tokens), x.ndim), range(len(ins)), x.dtype)
+                dU = self.dot(hidden, dy, tokens, tokens, dtype)
+        flat = gamma.reshape(*gamma.shape[:2], -1)
+        dU = dU.reshape(dU.shape[0], -1)
+        d_lam, d_gamma = _scale_gradients(A.reshape(A.shape[0], -1), lam, flat, dU)
+        return {"dx": dx, "d_lam": d_lam, "d_gamma": d_gamma.reshape(gamma.shape)}
+
+
+class KernelGradient(Pass):
+    """Gives the gradient of the kernel, for whoever trains it."""
+
+    def __call__(self, x, dy) -> Arrays:
+        tokens = range(self.spec.token_axes)
+        return {"d_kernel": self.dot(x, dy, tokens, tokens, accumulation_dtype(x.dtype))}

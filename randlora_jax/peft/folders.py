@@ -1,0 +1,110 @@
+"""PEFT's adapters on disk, onto a Flax base and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from randlora_jax import trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.peft import config_json, files
+from randlora_jax.peft.exporting import to_peft
+from randlora_jax.peft.importing import onto_base
+from randlora_jax.peft.names import Names
+from randlora_jax.stored import sites_of
+
+
+def load_adapter(
+    directory: str | os.PathLike,
+    variables: trees.Tree,
+    name_map: Names = None,
+    *,
+    adapter_name: str = "default",
+) -> tuple[dict[str, Any], RandLoraConfig]:
+    """Loads an adapter that PEFT saved, in any of its layouts, onto a Flax base.
+
+    Args:
+      directory: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+      variables: the base's, `{"params": ...}`; it is not changed and not copied.
+      name_map: a function, a mapping or a `NameMap` from PEFT's name of a module to its path in
+        `params` (dotted, or a tuple), or to (path, index) where layers are stacked. A kernel that
+        is not called "kernel" has its input axes in its path: "attn.q.w[1]". None: the same names.
+      adapter_name: of PEFT's adapters in sub-folders, which one.
+
+    Returns:
+      (variables, config), the variables as `adapt` returns them. Exactly ternary bases are int8
+      signs with their sizes, as `draw_bases` has them. The config is the file's, except where the
+      package's docstring says.
+
+    Raises:
+      FileNotFoundError: if there is no adapter.
+      ValueError: if it is damaged, incomplete, a pickle, of another model or of another method.
+    """
+    folder = files.find(directory, adapter_name)
+    adapter = files.read(folder)
+    try:
+        return onto_base(adapter, variables, name_map)
+    except ValueError as error:
+        raise ValueError(f"{folder} does not fit: {error}") from None
+
+
+def save_adapter(
+    directory: str | os.PathLike,
+    variables: trees.Tree,
+    config: RandLoraConfig,
+    name_map: Names = None,
+    *,
+    adapter_name: str = "default",
+    overwrite: bool = False,
+) -> int:
+    """Saves an adapter for PEFT's `PeftModel.from_pretrained`; one there is kept if this fails.
+
+    PEFT's loader wants the bases beside every layer, or warns that they are missing. So they are
+    written as often, as PEFT itself does it, and are nearly all of the file.
+
+    Args:
+      directory: the folder; its sub-folder `adapter_name`, if that is not "default".
+      variables: as `adapt` or `load_adapter` returned them, trained.
+      config: one adapter's. `exclude_modules`, "all-linear", and targets that would mean other
+        modules by PEFT's names become a list of whole names.
+      name_map: as for `load_adapter`, but it is needed in the other direction: of a function,
+        give the mapping `{name: function(name) for name in names}`, with the torch model's
+        `named_modules()` or `module_names(folder)` for names.
+      overwrite: replace an adapter of PEFT's.
+
+    Returns:
+      The size of the weights' file in bytes.
+
+    Raises:
+      FileExistsError: if there is something in the folder that would be lost.
+      ValueError: if a module has no name, or the scales don't fit the base.
+
+    Example:
+      >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp
+      >>> from randlora_jax.linen import RandLora
+      >>> config = RandLoraConfig(r=2, target_modules=["layers_0"])
+      >>> model, x = RandLora(nn.Sequential([nn.Dense(5)]), config), jnp.ones((1, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   size = save_adapter(folder, variables, config)
+      ...   loaded, _ = load_adapter(folder, {"params": variables["params"]})
+      >>> same = jax.tree.map(lambda a, b: bool((a == b).all()), loaded, variables)
+      >>> jax.tree.all(same)
+      True
+    """
+    if isinstance(config, Mapping):
+        raise TypeError(
+            f"config names several adapters, {sorted(config)}: save each with its adapter_name, as "
+            "save_adapter(directory, *adapters.select(variables, config, name), ...)"
+        )
+    folder = files.folder_of(directory, adapter_name)
+    stacks = {site.path: site.stack for site in sites_of(variables, config, guess=True)}
+    adapter = to_peft(variables, config, name_map, stacks)
+    return files.write(folder, adapter, config_json.content(adapter.config), overwrite)
+
+
+def module_names(directory: str | os.PathLike, adapter_name: str = "default") -> list[str]:
+    """PEFT's names of the modules that an adapter of its has something for."""
+    adapter = files.read(files.find(directory, adapter_name))
+    return sorted({*adapter.scales, *(module for module, _ in adapter.others)})

@@ -1,0 +1,208 @@
+"""From PEFT's modules to a Flax tree: places, stacks, bases, and the config's words."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from randlora_jax import bases as bases_lib
+from randlora_jax import targets, trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.peft import config_json, torch_bases
+from randlora_jax.peft.files import Adapter
+from randlora_jax.peft.names import Names, Shapes, from_torch, kernel_at, leaf_at, place_of
+from randlora_jax.sites import SCALES, Stack
+from randlora_jax.stored import sites_of
+from randlora_jax.training import FROZEN, labels
+
+
+def onto_base(
+    adapter: Adapter, variables: trees.Tree, name_map: Names
+) -> tuple[dict[str, Any], RandLoraConfig]:
+    """Puts an adapter on a base and checks that it fits, as `peft.load_adapter` says."""
+    shapes = {p: tuple(nn.unbox(leaf).shape) for p, leaf in trees.items(variables["params"])}
+    added, config, stacks = from_peft(adapter, name_map, shapes)
+    whole = {**variables, **added}
+    sites_of(whole, config, guess=True)
+    if adapter.others or config.bias != "none" or config.modules_to_save:
+        whole, config = _with_others(adapter, whole, config, stacks, shapes, name_map)
+    return whole, config
+
+
+def from_peft(
+    adapter: Adapter, name_map: Names, shapes: Shapes | None
+) -> tuple[dict[str, Any], RandLoraConfig, dict[trees.Path, Stack]]:
+    """(variables without params, config, each kernel's stack) of an adapter.
+
+    Args:
+      shapes: of the base's parameters; None without a base, which only an adapter with its bases
+        can do without.
+    """
+    scales, stacks = _scales(adapter, name_map, shapes)
+    if shapes is not None:
+        config_json.check_complete(adapter.config, adapter.scales, stacks, shapes, name_map)
+    config = config_json.in_flax(adapter.config, stacks, shapes or {})
+    bases = adapter.bases
+    if bases is None:
+        if shapes is None:
+            raise ValueError(
+                "it has no bases, and without the base nothing tells how large they are: load it "
+                "in Python, onto the base"
+            )
+        bases = _redrawn(config, scales, shapes)
+    config = config.replace(save_projection=True)
+    arrays = {path: _to_jax(array) for path, array in scales.items()}
+    pair = {name: _to_jax(array) for name, array in compact(bases, config).items()}
+    return {"randlora": trees.build(arrays), "randlora_bases": pair}, config, stacks
+
+
+def _scales(
+    adapter: Adapter, name_map: Names, shapes: Shapes | None
+) -> tuple[dict[trees.Path, np.ndarray], dict[trees.Path, Stack]]:
+    """An adapter's scales in a Flax tree, by their path, and each pair's stack of layers."""
+    named: dict[trees.Path, dict[int | None, str]] = {}
+    kernels: dict[trees.Path, trees.Path] = {}
+    for name in adapter.scales:
+        path, index = place_of(name_map, name)
+        path, kernels[path], _ = kernel_at(path)
+        other = named.setdefault(path, {}).setdefault(index, name)
+        if other != name or (len(named[path]) > 1 and None in named[path]):
+            names = sorted({*named[path].values(), name})
+            raise ValueError(f"name_map gives one place, {trees.dotted(path)!r}, for {names}")
+    scales: dict[trees.Path, np.ndarray] = {}
+    stacks: dict[trees.Path, Stack] = {}
+    for path, by_layer in named.items():
+        stacks[path] = _stack(by_layer, kernels[path], shapes)
+        # None, of a kernel in no stack, stands alone; numbers are of one kind.
+        pairs = [adapter.scales[by_layer[i]] for i in sorted(by_layer, key=lambda i: i or 0)]
+        if len({tuple(a.shape for a in pair) for pair in pairs}) > 1:
+            raise ValueError(f"the scales of {sorted(by_layer.values())} differ in shape")
+        for scale, arrays in zip(SCALES, zip(*pairs, strict=True), strict=True):
+            scales[(*path, scale)] = np.stack(arrays) if stacks[path].axes else arrays[0]
+    return scales, stacks
+
+
+def _stack(by_layer: Mapping[int | None, str], kernel: trees.Path, shapes: Shapes | None) -> Stack:
+    """The stack of a kernel for which there are modules by their number, None if in no stack."""
+    if shapes is not None and kernel not in shapes:
+        beside = sorted(trees.dotted(p) for p in shapes if p[:-1] == kernel[:-1])
+        raise ValueError(
+            f"it has scales for {next(iter(by_layer.values()))!r}, but the base has no "
+            f"{trees.dotted(kernel)!r}" + (f", only {beside}" if beside else "")
+        )
+    layers = tuple(sorted(i for i in by_layer if i is not None))
+    if not layers:
+        return Stack()
+    size = layers[-1] + 1 if shapes is None else shapes[kernel][0]
+    if layers[-1] >= size:
+        raise ValueError(
+            f"it has scales for {by_layer[layers[-1]]!r}, but {trees.dotted(kernel)!r} is a stack "
+            f"of {size} layers"
+        )
+    return Stack((0,), (size,), layers)
+
+
+def _redrawn(
+    config: RandLoraConfig, scales: Mapping[trees.Path, np.ndarray], shapes: Shapes
+) -> dict[str, np.ndarray]:
+    """The bases that torch draws for the kernels that have scales."""
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    tree = {"params": trees.build(params), "randlora": trees.build(scales)}
+    features = [site.kernel.features for site in sites_of(tree, config)]
+    warnings.warn(
+        "the file has a seed in place of its bases and does not say which torch drew them: they "
+        "are drawn as torch >= 2.12 does, and torch <= 2.11 draws others unless sparse. If outputs "
+        "are not PEFT's, save it again where it was trained, with save_projection=True",
+        stacklevel=5,
+    )
+    return torch_bases.draw(config, *bases_lib.shared_dims(features))
+
+
+def compact(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[str, np.ndarray]:
+    """Ternary bases as int8 signs and two sizes, if every bit can be had back from them."""
+    if not (config.sparse or config.very_sparse):
+        return bases
+    signs, sizes = {}, []
+    for name, array in bases.items():
+        size = np.abs(array).max(initial=0)
+        if array.dtype != np.float32 or not np.isfinite(size) or not size:
+            return bases
+        signs[name] = np.sign(array).astype(np.int8)
+        again = signs[name].astype(np.float32) * size
+        if (again.view(np.uint32) != array.view(np.uint32)).any():
+            return bases
+        sizes.append(size)
+    return signs | {"randlora_scale": np.array(sizes, np.float32)}
+
+
+def _to_jax(array: np.ndarray) -> jax.Array:
+    if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("it has float64 numbers: set jax_enable_x64 to read them as they are")
+    return jnp.asarray(array)
+
+
+def _with_others(
+    adapter: Adapter,
+    whole: trees.Tree,
+    config: RandLoraConfig,
+    stacks: Mapping[trees.Path, Stack],
+    shapes: Shapes,
+    name_map: Names,
+) -> tuple[dict[str, Any], RandLoraConfig]:
+    """Puts biases and `modules_to_save` in the base's place."""
+    params = dict(trees.items(whole["params"]))
+    new: dict[trees.Path, np.ndarray] = {}
+    given: dict[trees.Path, set[int | None]] = {}
+    saved = set()
+    for (module, leaf), value in adapter.others.items():
+        path, index = place_of(name_map, module)
+        at, kernel, _ = kernel_at(path)
+        path = kernel[:-1]
+        if leaf == "weight" and at != path:
+            raise ValueError(
+                f"it has {module + '.weight'!r}, which has no place in {trees.dotted(at)!r}: only "
+                "kernels that are called so and have their inputs first can be in modules_to_save"
+            )
+        where = leaf_at(path, leaf, shapes)
+        if where not in shapes or (index is not None and index >= shapes[where][0]):
+            raise ValueError(
+                f"it has {module + '.' + leaf!r}, but the base no {trees.dotted(where)!r}"
+            )
+        shape = shapes[where] if index is None else shapes[where][1:]
+        value = from_torch(value, where, shape, config.fan_in_fan_out)
+        old = nn.unbox(params[where])
+        dtype = np.promote_types(old.dtype, value.dtype)  # so that neither is rounded
+        if index is None:
+            new[where] = value.astype(dtype)
+        else:
+            if where not in new:
+                new[where] = np.array(old).astype(dtype)
+            new[where][index] = value
+        given.setdefault(where, set()).add(index)
+        if targets.is_saved_whole(adapter.config, module):
+            saved.add(trees.dotted(path))
+    if not all(targets.is_saved_whole(config, name) for name in saved):
+        config = config.replace(modules_to_save=sorted(saved))
+    for path, label in trees.items(labels(whole, config)["params"]):
+        stack = stacks.get(path[:-1])
+        trained: set[int | None] = {None}
+        if path in given and None not in given[path]:
+            of_layers = label == "bias" and config.bias == "randlora_only" and stack is not None
+            layers = stack.layers if stack is not None and of_layers else None
+            trained = set(layers or range(shapes[path][0]))
+        if label != FROZEN and given.get(path) != trained:
+            raise ValueError(
+                f"it lacks all or part of {trees.dotted(path)!r}, which its config trains"
+            )
+    for path, value in new.items():
+        array = _to_jax(value)
+        sharding = getattr(nn.unbox(params[path]), "sharding", None)
+        array = array if sharding is None else jax.device_put(array, sharding)
+        params[path] = nn.meta.replace_boxed(params[path], array)
+    return {**whole, "params": trees.build(params)}, config

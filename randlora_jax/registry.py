@@ -1,0 +1,127 @@
+"""The layers that can be adapted: which parameter of a class is its kernel, and how it uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from randlora_jax import equations
+from randlora_jax.sites import Kernel, Shape
+from randlora_jax.stored import stack_axes
+
+InputAxes = tuple[int, ...] | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """How a class of layers holds and uses its kernel.
+
+    Attributes:
+      layer: the class.
+      kernel: the name of the parameter.
+      input_axes: the kernel's axes that meet the input's, or a function that tells them.
+      product: the attribute that the layer multiplies with: "dot_general", "einsum_op" or None.
+      plain: whether it returns the product, and at most a bias added to it.
+      kernel_shape: of one layer, as the instance says it; None if it does not.
+    """
+
+    layer: type
+    kernel: str = "kernel"
+    input_axes: InputAxes | None = None
+    product: str | None = None
+    plain: bool = False
+    kernel_shape: Callable[[Any], Shape] | None = None
+
+    def describe(
+        self,
+        layer: Any,
+        value: jax.Array | jax.ShapeDtypeStruct,
+        fan_in_fan_out: bool,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Kernel:
+        """An instance's `Kernel`, from the parameter's value and the arguments of a call.
+
+        Raises:
+          ValueError: for an equation that is no linear map by one kernel.
+        """
+        shape, kwargs = tuple(value.shape), dict(kwargs or {})
+        axes: Sequence[int] | None
+        if callable(self.input_axes):
+            axes = self.input_axes(layer, shape, args, kwargs)
+        elif self.input_axes is not None:
+            axes = self.input_axes
+        else:
+            equation = equations.equation_of(layer, args, kwargs)
+            axes = equations.input_axes(equation, shape) if equation else None
+        if axes is None:
+            axes = (1,) if fan_in_fan_out else (0,)
+        return Kernel(shape, tuple(axes), self.kernel, value.dtype)
+
+    def stack_axes(self, layer: Any, shape: Shape) -> tuple[int, ...]:
+        """The axes of a stored kernel that stack layers, outermost first, as `nnx.vmap` adds them.
+
+        Raises:
+          ValueError: if there is a kernel of another shape, or several ways to read this one.
+        """
+        if self.kernel_shape is not None:
+            return stack_axes(shape, tuple(self.kernel_shape(layer)))
+        equation = equations.equation_of(layer, (), {})
+        if equation is None and self.input_axes is None and len(shape) > 2:
+            raise ValueError(
+                f"nothing tells which axes of its kernel of shape {tuple(shape)} are inputs: give "
+                "register_layer its input_axes"
+            )
+        return (0,) * (len(shape) - equations.kernel_ndim(equation)) if equation else ()
+
+
+_RULES: dict[type, LayerRule] = {}
+
+
+def register_layer(
+    layer: type, kernel: str = "kernel", input_axes: InputAxes | None = None, *, plain: bool = False
+) -> None:
+    """Teaches the library a class of layers that has one kernel: `y = einsum(x, kernel)`.
+
+    Subclasses are known with their class. Built in: `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`,
+    and NNX's `Linear`, `LinearGeneral` and `Einsum`.
+
+    Args:
+      layer: a Linen or NNX module class.
+      kernel: the name of the parameter.
+      input_axes: which of its axes meet the input's; or a function of (layer, kernel's shape,
+        args, kwargs) of a call. By default they are read off the einsum equation that the call
+        is given, or the layer has as an attribute; without one, the kernel is (in, out), or
+        (out, in) under `fan_in_fan_out`.
+      plain: promise of a layer with an equation that it returns the product and at most a bias
+        added to it: then few tokens cost what they cost a Dense layer. Of other layers the kernel
+        is changed, so they can do what they like.
+
+    Raises:
+      TypeError: if `layer` is no class.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> class Einsum(nn.Module):  # as gemma has it
+      ...   shape: tuple
+      ...   @nn.compact
+      ...   def __call__(self, eqn, x):
+      ...     return jnp.einsum(eqn, x, self.param("w", nn.initializers.normal(), self.shape))
+      >>> register_layer(Einsum, kernel="w", plain=True)
+    """
+    if not isinstance(layer, type):
+        raise TypeError(f"layer must be a class, got {layer!r}")
+    add_rule(LayerRule(layer, kernel, input_axes, plain=plain))
+
+
+def add_rule(rule: LayerRule) -> None:
+    """Registers a class with all that a rule can say of it."""
+    _RULES[rule.layer] = rule
+
+
+def rule_for(cls: type) -> LayerRule | None:
+    """The rule of a class, or of the nearest class that it derives from."""
+    return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)

@@ -1,0 +1,247 @@
+"""Sites: where an update acts, described once for live models, stored trees, and PEFT's files.
+
+A kernel of any shape is a matrix (in, out) to its update. Most are called "kernel" and have their
+input axes first; their scales sit beside them as `randlora_lambda` and `randlora_gamma`. Any other
+is named with its input axes, and its scales sit one level deeper: "w[1]" is a parameter w whose
+axis 1 is the input. So a tree of scales says all that merging and loading need to know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from randlora_jax import targets, trees
+from randlora_jax.bases import num_bases
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.ops.products import accumulation_dtype
+from randlora_jax.targets import Selection
+
+SCALES = LAMBDA, GAMMA = ("randlora_lambda", "randlora_gamma")
+Shape = tuple[int, ...]
+
+
+def scale_name(scale: str, adapter: str) -> str:
+    """How a layer calls a scale of one of several adapters: "randlora_lambda:chat"."""
+    return f"{scale}:{adapter}" if adapter else scale
+
+
+def is_scale(name: str) -> bool:
+    """Whether a layer's parameter of this name is a scale, of whichever adapter."""
+    return name.partition(":")[0] in SCALES
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel as its layer sees it, that is, without the axes of a stack."""
+
+    shape: Shape
+    input_axes: tuple[int, ...] = (0,)
+    name: str = "kernel"
+    dtype: Any = jnp.float32
+
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.shape)) if i not in self.input_axes)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The kernel's axes, those of the inputs first."""
+        return (*self.input_axes, *self.output_axes)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(in_features, out_features)."""
+        size = lambda axes: math.prod(self.shape[i] for i in axes)
+        return size(self.input_axes), size(self.output_axes)
+
+    @property
+    def gamma_axes(self) -> tuple[int, ...]:
+        """The axes of the smaller side, which gamma scales; the inputs', if both are equal."""
+        ins, outs = self.features
+        return self.input_axes if ins <= outs else self.output_axes
+
+    @property
+    def label(self) -> trees.Path:
+        """Where the scales sit, seen from the kernel's own module."""
+        if self.name == "kernel" and self.input_axes == tuple(range(len(self.input_axes))):
+            return ()
+        return (f"{self.name}[{','.join(map(str, self.input_axes))}]",)
+
+    def scale_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of `randlora_lambda` and `randlora_gamma`."""
+        small = min(self.features)
+        n = num_bases(small, r)
+        return (r, n), (n, small)
+
+    def plus(self, value: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The kernel plus an (in, out) matrix: in float32, and rounded once to its dtype."""
+        dtype = accumulation_dtype(value.dtype, matrix.dtype)
+        inputs_first = matrix.reshape([self.shape[i] for i in self.order])
+        delta = jnp.transpose(inputs_first, [self.order.index(i) for i in range(len(self.order))])
+        return (value.astype(dtype) + delta.astype(dtype)).astype(value.dtype)
+
+
+def parse_label(path: trees.Path) -> tuple[trees.Path, tuple[int, ...] | None]:
+    """The kernel's path, and its input axes if the label says them, from that of its scales.
+
+    Example:
+      >>> parse_label(("attn", "q", "w[0,2]")), parse_label(("mlp", "up"))
+      ((('attn', 'q', 'w'), (0, 2)), (('mlp', 'up', 'kernel'), None))
+    """
+    found = re.fullmatch(r"(.+)\[([\d,]+)\]", path[-1]) if path else None
+    if not found:
+        return (*path, "kernel"), None
+    return (*path[:-1], found[1]), tuple(int(i) for i in found[2].split(","))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The axes by which one stored array holds a stack of layers.
+
+    Attributes:
+      axes: outermost first; each one counts where those before it are taken away.
+      sizes: how many layers the kernel has along each.
+      layers: which of them are adapted, of a stack with one axis; None is all. The scales have
+        rows for these alone.
+    """
+
+    axes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def adapted_sizes(self) -> tuple[int, ...]:
+        """The sizes that the scales have along the axes."""
+        return self.sizes if self.layers is None else (len(self.layers),)
+
+    def split(self, stored: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What a stored array has for each axis, its size or name: of one layer, of the stack.
+
+        Raises:
+          IndexError: if it has no such axis.
+        """
+        layer, stack = list(stored), []
+        for axis in self.axes:
+            stack.append(layer.pop(axis))
+        return tuple(layer), tuple(stack)
+
+    def join(self, layer: Sequence[Any], stack: Sequence[Any]) -> tuple[Any, ...]:
+        """The inverse of `split`."""
+        stored = list(layer)
+        for axis, entry in reversed(list(zip(self.axes, stack, strict=True))):
+            stored.insert(axis if axis >= 0 else len(stored) + 1 + axis, entry)
+        return tuple(stored)
+
+    def over(self, function: Callable) -> Callable:
+        """A function of one layer's arrays, mapped over the stack."""
+        for axis in reversed(self.axes):
+            function = jax.vmap(function, axis, axis)
+        return function
+
+    def adapted(self, stored: jax.Array) -> jax.Array:
+        """The part of a stored array whose layers are adapted."""
+        return stored if self.layers is None else stored[jnp.array(self.layers)]
+
+    def put(self, stored: jax.Array, part: jax.Array) -> jax.Array:
+        """A stored array with other values in its adapted layers."""
+        return part if self.layers is None else stored.at[jnp.array(self.layers)].set(part)
+
+    def spread(self, scales: jax.Array) -> jax.Array:
+        """Scales with rows of zeros for the layers that are not adapted."""
+        if self.layers is None:
+            return scales
+        return self.put(jnp.zeros((*self.sizes, *scales.shape[1:]), scales.dtype), scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted kernel: the module that holds it, what its layer sees of it, how it is stored."""
+
+    module: trees.Path
+    kernel: Kernel
+    stack: Stack = Stack()
+
+    @property
+    def path(self) -> trees.Path:
+        """Where its scales are in "randlora"."""
+        return (*self.module, *self.kernel.label)
+
+    @property
+    def kernel_path(self) -> trees.Path:
+        """Where its kernel is in "params"."""
+        return (*self.module, self.kernel.name)
+
+    @property
+    def count(self) -> int:
+        """How many kernels it stands for: the adapted layers of its stack."""
+        return math.prod(self.stack.adapted_sizes)
+
+    def scales(self, tree: trees.Tree) -> tuple[Any, Any]:
+        """Its (lambda, gamma) in a tree like "randlora"."""
+        node = trees.get(tree, self.path)
+        return node[LAMBDA], node[GAMMA]
+
+    def stored_scales(self, r: int) -> dict[trees.Path, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of its scales in "randlora", by path."""
+        dtype = accumulation_dtype(self.kernel.dtype)
+        shape = lambda layer: self.stack.join(layer, self.stack.adapted_sizes)
+        return {
+            (*self.path, scale): jax.ShapeDtypeStruct(shape(layer), dtype)
+            for scale, layer in zip(SCALES, self.kernel.scale_shapes(r), strict=True)
+        }
+
+    def scale_axes(self, names: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+        """What its scales' axes are called, or divided by, where the kernel's are so.
+
+        Args:
+          names: of the axes of the stored kernel; or of one layer's alone, if they are no more.
+        """
+        layer, stack = names, (None,) * len(self.stack.axes)
+        if len(names) > len(self.kernel.shape):
+            layer, stack = self.stack.split(names)
+        layer = (*layer, *[None] * (len(self.kernel.shape) - len(layer)))
+        first, *others = (layer[i] for i in self.kernel.gamma_axes)
+        # Several axes are one in gamma, of which only the first, the slowest, can be divided.
+        along = None if any(others) else first
+        join = self.stack.join
+        return {LAMBDA: join((None, None), stack), GAMMA: join((None, along), stack)}
+
+
+def select_layers(sites: Iterable[Site], config: RandLoraConfig) -> list[Site]:
+    """The sites of live models, less the layers of stacks that `layers_to_transform` leaves out.
+
+    Raises:
+      ValueError: for layers that a stack has not, and if nothing is left.
+    """
+    kept = []
+    for site in sites:
+        name = trees.dotted(site.module)
+        if targets.selection(config, name) is not Selection.BY_LAYER:
+            kept.append(site)
+        elif site.stack.axes:  # else in no stack, and without a number: in no layer, as PEFT has it
+            layers, stack = targets.layer_indices(config), site.stack
+            if stack.axes[0] != 0:
+                raise ValueError(
+                    f"layers_to_transform={config.layers_to_transform!r} counts layers along the "
+                    f"first axis, and {name!r} is stacked along another: set it to None, or the "
+                    "stack's variable_axes to {'params': 0}"
+                )
+            if len(stack.axes) > 1 or layers[-1] >= stack.sizes[0]:
+                raise ValueError(
+                    f"layers_to_transform={config.layers_to_transform!r} does not fit the stack "
+                    f"{name!r} of {stack.sizes} layers"
+                )
+            kept.append(dataclasses.replace(site, stack=dataclasses.replace(stack, layers=layers)))
+    if not kept:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern="
+            f"{config.layers_pattern!r} leaves no layer: no path has a layer number or a stack"
+        )
+    return kept

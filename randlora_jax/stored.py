@@ -1,0 +1,147 @@
+"""The sites of stored variables: which kernel each pair of scales belongs to, read from shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from randlora_jax import targets, trees
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.ops.dot_general import check_fit
+from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, Shape, Site, Stack, parse_label
+from randlora_jax.targets import Selection
+
+
+def sites_of(
+    variables: trees.Tree,
+    config: RandLoraConfig,
+    known: Mapping[trees.Path, Site] | None = None,
+    *,
+    guess: bool = False,
+) -> list[Site]:
+    """The sites of all scales in "randlora", each checked against its kernel and the bases.
+
+    Args:
+      variables: "params", "randlora" and, where there are, "randlora_bases"; shapes will do.
+      config: one adapter's: its `r` and what it says of layers count.
+      known: by path, where the model has been seen: its input axes, where the shapes don't tell.
+      guess: take the likeliest reading where the shapes leave a choice.
+
+    Raises:
+      ValueError: naming the layer, where scales, bases and kernel don't fit, or leave a choice.
+    """
+    params, bases = dict(trees.items(variables["params"])), variables.get("randlora_bases")
+    sites = []
+    for path, scales in scale_pairs(variables["randlora"]):
+        where, _ = parse_label(path)
+        if where not in params:
+            raise ValueError(
+                f"{trees.dotted(path)!r} has scales in 'randlora' but no kernel in 'params': the "
+                "adapter is of another model"
+            )
+        shapes = [tuple(nn.unbox(leaf).shape) for leaf in (params[where], *scales)]
+        try:
+            found = _readings(path, nn.unbox(params[where]).dtype, shapes, config)
+            if known is not None and path in known:
+                features = known[path].kernel.features
+                found = [site for site in found if site.kernel.features == features]
+            if len(found) != 1 and not (guess and found):
+                choices = sorted(site.kernel.features for site in found)
+                raise ValueError(
+                    f"a kernel of {shapes[0]} can be any of {choices} (in, out): give the model's "
+                    "example inputs too, as in merge(variables, x)"
+                )
+            kernel = found[0].kernel
+            if bases is not None:
+                check_fit(bases, kernel.features, kernel.scale_shapes(config.r))
+        except ValueError as error:
+            raise ValueError(f"{trees.dotted(path)!r}: {error}") from None
+        sites.append(found[0])
+    return sites
+
+
+def scale_pairs(scales: trees.Tree) -> Iterator[tuple[trees.Path, tuple[Any, Any]]]:
+    """(path, (lambda, gamma)) of each pair in a tree of scales.
+
+    Raises:
+      ValueError: if one of the two is missing.
+    """
+    leaves = dict(trees.items(scales))
+    for path in sorted({path[:-1] for path in leaves}):
+        for scale in SCALES:
+            if (*path, scale) not in leaves:
+                raise ValueError(f"the scales lack {trees.dotted((*path, scale))!r}")
+        yield path, (leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)])
+
+
+def adapted_layers(config: RandLoraConfig, module: trees.Path) -> tuple[int, ...] | None:
+    """The layers that scales have rows for, if their kernel is a stack; None if for all."""
+    selection = targets.selection(config, trees.dotted(module))
+    return targets.layer_indices(config) if selection is Selection.BY_LAYER else None
+
+
+def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tuple[int, ...]:
+    """The axes that a stored array has besides one layer's, outermost first.
+
+    Args:
+      stored, layer: its shape, and that of one layer's.
+      *others: the same of arrays that are stacked with it.
+
+    Raises:
+      ValueError: if there is no way to read it so.
+    """
+    arrays = ((tuple(stored), tuple(layer)), *others)
+    for axes in itertools.product((0, 1, -1), repeat=max(len(stored) - len(layer), 0)):
+        splits = [_split(whole, axes) for whole, _ in arrays]
+        if None in splits or len({sizes for _, sizes in splits}) != 1:
+            continue
+        if [core for core, _ in splits] == [one for _, one in arrays]:
+            return axes
+    raise ValueError(f"its kernel has the shape {tuple(stored)}, but it was made for {layer}")
+
+
+def _readings(path: trees.Path, dtype, shapes: list[Shape], config: RandLoraConfig) -> list[Site]:
+    """All ways to read a stored kernel that fit its scales' shapes, the likeliest first.
+
+    They differ in (in, out): what reads the same is listed once.
+    """
+    where, labelled = parse_label(path)
+    shape, lam, gamma = shapes
+    layers = adapted_layers(config, where[:-1])
+    if layers and layers[-1] < shape[0]:
+        shape = (len(layers), *shape[1:])
+    else:
+        layers = None
+    found: dict[tuple[int, int], Site] = {}
+    for axes in itertools.product((0, 1, -1), repeat=len(lam) - 2):
+        if found:
+            break  # stacks are nearly always on axis 0, and the sizes seldom allow another
+        splits = [_split(stored, axes) for stored in (shape, lam, gamma)]
+        if None in splits or len({sizes for _, sizes in splits}) != 1:
+            continue
+        (layer, _), *of_scales = splits
+        for inputs in [labelled] if labelled else [tuple(range(i)) for i in range(1, len(layer))]:
+            if max(inputs) >= len(layer):
+                continue
+            kernel = Kernel(layer, inputs, where[-1], dtype)
+            if kernel.scale_shapes(of_scales[0][0][0]) == tuple(core for core, _ in of_scales):
+                sizes = _split(shapes[0], axes)[1]
+                site = Site(where[:-1], kernel, Stack(axes, sizes, layers))
+                found.setdefault(kernel.features, site)
+    if not found:
+        raise ValueError(
+            f"scales of shapes {lam} and {gamma} don't fit a kernel of {shape}: they are of "
+            "another model or another r"
+        )
+    return list(found.values())
+
+
+def _split(shape: Shape, axes: tuple[int, ...]):
+    """`Stack.split`, None where there is no such axis."""
+    try:
+        return Stack(axes).split(shape)
+    except IndexError:
+        return None

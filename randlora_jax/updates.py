@@ -1,0 +1,230 @@
+"""How one layer runs with its updates: the one policy behind the Linen and the NNX front end.
+
+Whatever method of whatever module runs, it computes what it would compute on `W + dW`, so that
+applying and merging agree. A layer that is known to multiply by its kernel, and to do nothing else
+with it, gets a cheaper way to the same numbers:
+
+1. its own product, `dot_general` or `einsum_op`, is replaced by ours;
+2. it runs on W, and x . dW is added to the result, where it is registered as plain;
+3. else it runs on a changed kernel, W + dW, and can do with it what it likes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from randlora_jax import equations
+from randlora_jax.bases import Bases
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.ops.costs import Strategy
+from randlora_jax.ops.dot_general import (
+    Dropout,
+    RandLoraDotGeneral,
+    Scales,
+    check_fit,
+    delta_weight,
+    prepare_scales,
+)
+from randlora_jax.registry import LayerRule
+from randlora_jax.sites import Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One adapter's update of one kernel of a layer; made by `prepare`."""
+
+    target: str  # the name of the layer, or of the raw parameter
+    kernel: Kernel
+    config: RandLoraConfig
+    scales: Scales  # multiplied by the scaling
+    dropout: Dropout | None
+
+
+class Call(Protocol):
+    """A call of one method of a module that holds adapted kernels: what a front end fills in.
+
+    Attributes:
+      layer, cls: the module and its class, as the user wrote it.
+      method: the name of the method.
+      rule: how the class holds its kernel, if it is registered.
+      args, kwargs: of the call.
+    """
+
+    layer: Any
+    cls: type
+    method: str
+    rule: LayerRule | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """The method on the parameters as they are."""
+
+    def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
+        """The method of a layer that differs in these attributes."""
+
+    def run_on(self, change: Callable[[str, jax.Array], jax.Array], args: tuple[Any, ...]) -> Any:
+        """The method on parameters `change(name, value)`; a submodule's have the name ""."""
+
+
+def prepare(
+    target: str,
+    kernel: Kernel,
+    config: RandLoraConfig,
+    bases: Bases,
+    scales: Scales,
+    dropout: Dropout | None,
+) -> Update:
+    """An update from one layer's scales.
+
+    Raises:
+      ValueError: naming the target, where kernel, scales and bases don't fit.
+    """
+    try:
+        check_fit(bases, kernel.features, [s.shape for s in scales])
+    except ValueError as error:
+        raise ValueError(f"{target!r}: {error}") from None
+    return Update(target, kernel, config, prepare_scales(bases, scales, config.scaling), dropout)
+
+
+def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy) -> Any:
+    """The call's result, computed with the updates; there is at least one."""
+    kernels = {update.kernel for update in updates}
+    rule, kernel = call.rule, updates[0].kernel
+    if rule is not None and len(kernels) == 1 and kernel.name == rule.kernel:
+        _check_equation(call, rule, kernel)
+        operation = RandLoraDotGeneral(
+            bases, [u.scales for u in updates], [u.dropout for u in updates], strategy
+        )
+        computed = _through_product(call, rule, operation, kernel)
+        if computed is None:
+            computed = _beside(call, rule, operation, kernel)
+        if computed is not None:
+            return computed.value
+    return _on_changed_kernels(call, updates, bases)
+
+
+def _check_equation(call: Call, rule: LayerRule, kernel: Kernel) -> None:
+    """Raises a ValueError for a call with another equation than the scales were made for."""
+    if rule.input_axes is not None or call.method != "__call__":
+        return
+    equation = equations.equation_of(call.layer, call.args, call.kwargs)
+    axes = equations.input_axes(equation, kernel.shape) if equation else kernel.input_axes
+    if axes != kernel.input_axes:
+        raise ValueError(
+            f"the call's equation has the kernel's axes {axes} as inputs, but the scales were made "
+            f"for {kernel.input_axes}: register_layer's input_axes says which"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Computed:
+    """A result, which may be None itself."""
+
+    value: Any
+
+
+def _through_product(
+    call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
+) -> _Computed | None:
+    """Runs a layer that multiplies through an attribute with ours in its place, if it uses it."""
+    # A method of a subclass can use the kernel in other ways too; only dropout, which needs the
+    # layer's input and is off in what `merge` agrees with, may rely on it.
+    if not _is_registered(call, rule) and not any(operation.dropouts):
+        return None
+    used = []
+
+    def dot_general(*args, **kwargs):
+        used.append(True)
+        return operation(*args, **kwargs)
+
+    def einsum_op(equation, x, value, **options):
+        contract = equations.contracted_axes(equation, x.ndim, kernel.input_axes)
+        if contract is None:
+            return jnp.einsum(equation, x, value, **options)
+        dims = ((contract, tuple(range(len(contract)))), ((), ()))
+        return dot_general(x, jnp.transpose(value, kernel.order), dims, **options)
+
+    layer = call.layer
+    attributes: dict[str, Any]
+    if rule.product == "dot_general" and hasattr(layer, "dot_general"):
+        make = getattr(layer, "dot_general_cls", None)
+        own = layer.dot_general if make is None else make()
+        if own is not None and own is not lax.dot_general:
+            operation = dataclasses.replace(operation, dot_general=own)
+        attributes = {"dot_general": dot_general}
+        if hasattr(layer, "dot_general_cls"):
+            attributes["dot_general_cls"] = None
+    elif rule.product == "einsum_op" and getattr(layer, "einsum_op", None) is jnp.einsum:
+        attributes = {"einsum_op": einsum_op}
+    else:
+        return None
+    y = call.run_with_attributes(attributes)
+    return _Computed(y) if used else None
+
+
+def _is_registered(call: Call, rule: LayerRule) -> bool:
+    """Whether what runs is the method that the rule speaks of."""
+    same = getattr(call.cls, call.method, None) is getattr(rule.layer, call.method, None)
+    return same and call.method == "__call__"
+
+
+def _beside(
+    call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
+) -> _Computed | None:
+    """Runs a plain layer on its own kernel and adds x . dW, where that is cheaper."""
+    equation = equations.equation_of(call.layer, call.args, call.kwargs)
+    arrays = [a for a in (*call.args, *call.kwargs.values()) if hasattr(a, "ndim")]
+    if call.cls is not rule.layer or not rule.plain or equation is None or len(arrays) != 1:
+        return None
+    (x,) = arrays
+    contract = equations.contracted_axes(equation, x.ndim, kernel.input_axes)
+    if contract is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    shape = tuple(kernel.shape[i] for i in kernel.order)
+    if not operation.is_better_beside(x, contract, shape):
+        return None
+    y = call.run()
+    return _Computed(y + operation.update(x, contract, shape).astype(y.dtype))
+
+
+def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> Any:
+    """Runs a module on kernels with the updates in them, where it can't be told of a product."""
+    A, B = bases["randlora_A"], bases["randlora_B"]
+    deltas = [delta_weight(A, B, *u.scales, *u.kernel.features, 1.0) for u in updates]
+    if not any(u.dropout for u in updates):
+        sums: dict[Kernel, jax.Array] = {}
+        for update, delta in zip(updates, deltas, strict=True):
+            kernel = update.kernel
+            sums[kernel] = sums[kernel] + delta if kernel in sums else delta
+
+        def add(name, value):
+            for kernel, delta in sums.items():
+                value = kernel.plus(value, delta) if kernel.name == name else value
+            return value
+
+        return call.run_on(add, call.args)
+    if call.rule is None:
+        raise ValueError(
+            f"randlora_dropout={updates[0].config.randlora_dropout} has no input to act on at the "
+            f"raw parameter {updates[0].target!r}: set it to 0, or deterministic=True"
+        )
+    # A linear layer on W + dW is one on W and one on dW, each with an input of its own.
+    y = call.run()
+    for update, delta in zip(updates, deltas, strict=True):
+        drop = update.dropout or (lambda x: x)
+        args = tuple(drop(x) if hasattr(x, "ndim") else x for x in call.args)
+        kernel = update.kernel
+
+        def only(name, value, kernel=kernel, delta=delta):
+            zeros = jnp.zeros_like(value)
+            return kernel.plus(zeros, delta) if name == kernel.name else zeros
+
+        y = y + call.run_on(only, args)
+    return y

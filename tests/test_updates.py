@@ -1,0 +1,258 @@
+"""Whatever method of a module runs, what it computes is what it computes on the merged kernels."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from randlora_jax import RandLoraConfig, register_layer
+from randlora_jax.linen import RandLora
+from randlora_jax.nnx import inject, merge, update, variables
+from tests.linen_cases import normal, randomised
+
+D = 5
+X = normal(0, 2, D)
+CONFIG = RandLoraConfig(r=3, randlora_alpha=2.0, target_modules="all-linear")
+NORMAL = nn.initializers.normal(1.0)
+
+
+def project(x, kernel):
+    return jnp.tanh(x @ kernel)
+
+
+class Codec(nn.Module):
+    """A raw parameter that two methods use, and no call."""
+
+    def setup(self):
+        self.w = self.param("w", NORMAL, (D, 7))
+
+    def encode(self, x):
+        return self._product(x)
+
+    def _product(self, x):
+        return project(x, self.w)
+
+    def decode(self, z):
+        return z @ self.w.T
+
+    def both(self, x):
+        return self.decode(self.encode(x))
+
+
+class Twice(nn.Dense):
+    """A Dense that multiplies by its kernel once as its class does, and once in its own way."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x)
+        return (
+            y @ self.variables["params"]["kernel"].T if self.has_variable("params", "bias") else y
+        )
+
+
+class Attends(nn.Dense):
+    """A Dense with a second method, as nn.Embed has one."""
+
+    def attend(self, y):
+        return y @ self.variables["params"]["kernel"].T
+
+
+class Helped(nn.Module):
+    """An Einsum layer whose call is made of methods of its own."""
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return self.product(equation, x, self.param("w", NORMAL, (D, D)))
+
+    def product(self, equation, x, w):
+        return jnp.einsum(equation, x, w)
+
+    def of_kernel(self, x):
+        return x @ self.variables["params"]["w"]
+
+
+register_layer(Helped, kernel="w", plain=True)
+
+
+def wraps_without_telling(method):
+    return lambda self, x: method(self, x)
+
+
+class Decorated(nn.Module):
+    """A layer whose call is hidden behind a decorator that does not keep its name."""
+
+    @nn.compact
+    @wraps_without_telling
+    def __call__(self, x):
+        return x @ self.param("kernel", NORMAL, (D, D))
+
+
+register_layer(Decorated)
+
+
+class Model(nn.Module):
+    """Calls a layer of a class by several of its methods."""
+
+    make: Any
+    use: Any
+
+    def setup(self):
+        self.layer = self.make()
+
+    def __call__(self, x):
+        return self.use(self.layer, x)
+
+
+class TiedHead(nn.Module):
+    """As transformers tie their heads: the layer's own apply, with a kernel from elsewhere."""
+
+    def setup(self):
+        self.wte, self.mlp = nn.Embed(11, D), nn.Dense(D)
+        self.head = nn.Dense(11, use_bias=False)
+
+    def __call__(self, x):
+        kernel = self.wte(jnp.arange(11)).T
+        return self.head.apply({"params": {"kernel": kernel}}, self.mlp(x))
+
+
+class Scanned(nn.Module):
+    """Layers under a lifted function, which is no method of theirs."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, carry, _):
+            return layer(carry), None
+
+        lift = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return lift(nn.Dense(D, name="layer"), x, None)[0]
+
+
+LINEN = {
+    "encode and decode": (Model(Codec, lambda m, x: m.both(x)), {"layer.w": (0,)}),
+    "encode alone": (Model(Codec, lambda m, x: m.encode(x)), {"layer.w": (0,)}),
+    "a private method": (Model(Codec, lambda m, x: m._product(x)), {"layer.w": (0,)}),
+    "the kernel used twice": (Model(lambda: Twice(7), lambda m, x: m(x)), {}),
+    "call and attend": (Model(lambda: Attends(7), lambda m, x: m.attend(m(x))), {}),
+    "methods within a call": (Model(Helped, lambda m, x: m("bd,df->bf", x)), {}),
+    "a call that transposes": (
+        Model(Helped, lambda m, x: m.of_kernel(m("bd,fd->bf", x))),
+        {},
+    ),
+    "a decorated call": (Model(Decorated, lambda m, x: m(x)), {}),
+    "an embedding attended to": (
+        Model(lambda: nn.Embed(D, D), lambda m, x: m.attend(x)),
+        {"layer.embedding": (1,)},
+    ),
+    "an apply within": (TiedHead(), {}),
+    "a lifted function": (Scanned(), {}),
+}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "factored"])
+@pytest.mark.parametrize("name", LINEN)
+def test_linen_applies_what_it_merges(name, strategy):
+    base, parameters = LINEN[name]
+    given = base.init(jax.random.key(0), X)
+    model = RandLora(base, CONFIG, parameters=parameters, strategy=strategy)
+    adapted = model.adapt(given, X)
+    assert adapted["randlora"]
+    np.testing.assert_array_equal(model.apply(adapted, X), base.apply(given, X))
+    trained = {**adapted, "randlora": randomised(adapted["randlora"])}
+    expected = base.apply({"params": model.merge(trained, X)}, X)
+    assert np.abs(expected - base.apply(given, X)).max() > 1e-3
+    np.testing.assert_allclose(model.apply(trained, X), expected, rtol=2e-5, atol=2e-5)
+    jitted = jax.jit(model.apply)(trained, X)
+    np.testing.assert_allclose(jitted, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_method_of_the_model_itself():
+    base = Codec()
+    given = base.init(jax.random.key(0), X, method="both")
+    model = RandLora(base, CONFIG, parameters={"w": (0,)})
+    adapted = model.adapt(given, X, method="encode")
+    trained = {**adapted, "randlora": randomised(adapted["randlora"])}
+    merged = {"params": model.merge(trained)}
+    for method in ("encode", "both"):
+        actual = model.apply(trained, X, method=method)
+        expected = base.apply(merged, X, method=method)
+        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+class NnxCodec(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(normal(1, D, 7))
+
+    def encode(self, x):
+        return self._product(x)
+
+    def _product(self, x):
+        return project(x, self.w[...])
+
+    def decode(self, z):
+        return z @ self.w[...].T
+
+
+class NnxTwice(nnx.Linear):
+    def __init__(self):
+        super().__init__(D, 7, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return super().__call__(x) @ self.kernel[...].T
+
+
+class NnxHelped(nnx.Module):
+    eqn = "bd,df->bf"
+
+    def __init__(self):
+        self.w = nnx.Param(normal(1, D, D))
+
+    def __call__(self, x):
+        return self.product(x)
+
+    def product(self, x):
+        return jnp.einsum(self.eqn, x, self.w[...])
+
+
+register_layer(NnxHelped, kernel="w", plain=True)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, layer, use):
+        self.layer, self.use = layer, use
+
+    def __call__(self, x):
+        return self.use(self.layer, x)
+
+
+NNX = {
+    "encode and decode": (NnxCodec, lambda m, x: m.decode(m.encode(x)), {"layer.w": (0,)}),
+    "a private method": (NnxCodec, lambda m, x: m._product(x), {"layer.w": (0,)}),
+    "the kernel used twice": (NnxTwice, lambda m, x: m(x), {}),
+    "methods within a call": (NnxHelped, lambda m, x: m(x), {}),
+    "an embedding attended to": (
+        lambda: nnx.Embed(D, D, rngs=nnx.Rngs(0)),
+        lambda m, x: m.attend(x),
+        {"layer.embedding": (1,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "factored"])
+@pytest.mark.parametrize("name", NNX)
+def test_nnx_applies_what_it_merges(name, strategy):
+    make, use, parameters = NNX[name]
+    model = NnxModel(make(), use)
+    before = model(X)
+    inject(model, CONFIG, parameters=parameters, strategy=strategy)
+    np.testing.assert_array_equal(model(X), before)
+    values = variables(model)
+    update(model, {**values, "randlora": randomised(values["randlora"])})
+    actual, jitted = model(X), nnx.jit(lambda m, x: m(x))(model, X)
+    merge(model)
+    assert np.abs(model(X) - before).max() > 1e-3
+    np.testing.assert_allclose(actual, model(X), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(jitted, model(X), rtol=2e-5, atol=2e-5)
