@@ -33,8 +33,7 @@ def mypy(folder: pathlib.Path) -> list[Report]:
 
 def pyright(folder: pathlib.Path) -> list[Report]:
     """The errors of pyright in its default mode, in the files of a folder."""
-    command = ["pyright", "--outputjson", f"--pythonpath={sys.executable}"]
-    found = json.loads(_run(command, folder))["generalDiagnostics"]
+    found = json.loads(_run(["pyright", "--outputjson"], folder))["generalDiagnostics"]
     return [
         Report(
             pathlib.Path(one["file"]).name,
@@ -49,23 +48,23 @@ def pyright(folder: pathlib.Path) -> list[Report]:
 
 def completeness(folder: pathlib.Path) -> dict:
     """What `pyright --verifytypes` says of the package's public symbols."""
-    command = ["pyright", "--outputjson", f"--pythonpath={sys.executable}"]
-    command += ["--verifytypes", "randlora_jax", "--ignoreexternal"]
+    command = ["pyright", "--outputjson", "--verifytypes", "randlora_jax", "--ignoreexternal"]
     return json.loads(_run(command, folder))["typeCompleteness"]
 
 
 def _run(command: list[str], folder: pathlib.Path) -> str:
     """What a checker prints, far from this project's own configuration of it.
 
-    It finds this package by its path: the hook of an editable installation is code, which no
-    checker runs.
+    The package is found by its path, since the hook of an editable installation is code, which no
+    checker runs; and everything else in this environment, which `--verifytypes` looks for in PATH
+    alone.
     """
     files = [] if "--verifytypes" in command else sorted(path.name for path in folder.glob("*.py"))
-    paths = {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)}
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", *command, *files],
         cwd=folder,
-        env=os.environ | paths,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

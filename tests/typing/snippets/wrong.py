@@ -41,9 +41,8 @@ def linen(base: nn.Module, config: rl.RandLoraConfig, x: jax.Array) -> None:
     RandLora(config, base)  # wrong: RandLoraConfig
     RandLora(base, {"chat": 3})  # wrong: int
     model = RandLora(base, config)
-    model.adapt(3, x)  # wrong: variables
+    model.adapt(variables=3)  # wrong: variables
     model.merge({"params": {}}, safe="no")  # wrong: safe
-    model.adopt({"params": {}}, x)  # wrong: adopt
 
 
 def in_place(model: nnx.Linear, config: rl.RandLoraConfig, path: pathlib.Path) -> None:
@@ -52,14 +51,14 @@ def in_place(model: nnx.Linear, config: rl.RandLoraConfig, path: pathlib.Path) -
     rl_nnx.inject(model, config, strategy="fast")  # wrong: strategy
     rl_nnx.inject(model, config, strateg="auto")  # wrong: strateg
     rl_nnx.inject(model, config, ("chat",))  # wrong: positional
-    rl_nnx.inject(model, config).kernal  # wrong: kernal
-    rl_nnx.merge(model).kernal  # wrong: kernal
-    rl_nnx.remove(model).kernal  # wrong: kernal
+    _ = rl_nnx.inject(model, config).kernal  # wrong: kernal
+    _ = rl_nnx.merge(model).kernal  # wrong: kernal
+    _ = rl_nnx.remove(model).kernal  # wrong: kernal
     rl_nnx.merge(model, save=True)  # wrong: save
     rl_nnx.set_active(model, "chat")  # wrong: str
     rl_nnx.load_adapter(path, model, strateg="auto")  # wrong: strateg
     rl_nnx.load_adapter(path, model, strategy="fast")  # wrong: strategy
-    rl_nnx.load_adapter(model, path)  # wrong: Linear
+    rl_nnx.load_adapter(path, path)  # wrong: Path
     rl_nnx.update(model)  # wrong: values
 
 
@@ -68,12 +67,12 @@ def files(variables: Mapping[str, Any], config: rl.RandLoraConfig, path: pathlib
     rl.save_adapter(path, config, variables)  # wrong: RandLoraConfig
     rl.save_adapter(path, variables)  # wrong: config
     rl.load_adapter(path)  # wrong: variables
-    rl.load_adapter(3, variables)  # wrong: int
+    rl.load_adapter(path=3, variables=variables)  # wrong: path
     rl.AdapterSave(variables)  # wrong: config
     rl.AdapterRestore(variables, confg=config)  # wrong: confg
     rl.peft.load_adapter(path, variables, adapter="chat")  # wrong: adapter
-    rl.peft.load_adapter(path, variables, 3)  # wrong: int
-    rl.peft.save_adapter(path, variables, {"chat": config})  # wrong: config
+    rl.peft.load_adapter(path, variables, name_map=3)  # wrong: name_map
+    rl.peft.save_adapter(path, variables, {"chat": config})  # wrong: dict[str, RandLoraConfig]
     rl.peft.NameMap("transformer")  # wrong: str
 
 
@@ -81,7 +80,7 @@ def several(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
     rl.adapters.select(variables, {"chat": config})  # wrong: name
     rl.adapters.select(variables, {"chat": 3}, "chat")  # wrong: int
     rl.adapters.insert(variables, {"chat": config}, "code", variables)  # wrong: added_config
-    rl.adapters.inserted  # wrong: inserted
+    _ = rl.adapters.inserted  # wrong: inserted
 
 
 def reports(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
@@ -96,7 +95,7 @@ def reports(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
     rl.merge(variables, config, save=True)  # wrong: save
     rl.sharding(variables, config, data_axis=["data"])  # wrong: data_axis
     rl.draw_bases(config, max_dim="8", min_dim=8)  # wrong: max_dim
-    rl.partition(3, variables, config)  # wrong: int
+    rl.partition(variables, {"chat": config})  # wrong: config
     rl.delta_wait(jnp.ones(3))  # wrong: delta_wait
 
 
@@ -104,5 +103,5 @@ def layers(layer: nn.Dense) -> None:
     rl.register_layer(nn.Dense, plane=True)  # wrong: plane
     rl.register_layer(nn.Dense, plain="yes")  # wrong: plain
     rl.register_layer(nn.Dense, kernel=3)  # wrong: kernel
-    rl.register_layer(nn.Dense, "w", "in")  # wrong: str
+    rl.register_layer(nn.Dense, input_axes="in")  # wrong: input_axes
     rl.register_layer(layer)  # wrong: Dense
