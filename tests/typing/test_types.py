@@ -42,7 +42,8 @@ def test_right_code_passes_and_mistakes_are_named(checker, folder):
 
 
 def _names(report, line, mark):
-    return (report.file, report.line) == ("wrong.py", line) and mark in report.message
+    word = rf"(?<!\w){re.escape(mark)}(?!\w)"
+    return (report.file, report.line) == ("wrong.py", line) and re.search(word, report.message)
 
 
 def test_every_public_symbol_has_a_known_type(folder):
