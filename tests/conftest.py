@@ -20,7 +20,10 @@ PEERS = ("torch", "peft", "transformers", "gguf", "tokenizers")
 collect_ignore = [] if all(map(importlib.util.find_spec, PEERS)) else ["parity"]
 # And tunix's own model the extra `tunix`.
 collect_ignore += [] if importlib.util.find_spec("tunix") else ["peers"]
-collect_ignore_glob = ["golden/*.py"]
+# The type checkers are the extra `typing`, and read code that is not to be run.
+CHECKERS = ("mypy", "pyright")
+collect_ignore += [] if all(map(importlib.util.find_spec, CHECKERS)) else ["typing"]
+collect_ignore_glob = ["golden/*.py", "typing/snippets/*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,24 @@
+"""What the README's block for NNX leaves to its reader, as a typed script would have it."""
+
+import pathlib
+
+import jax
+import optax
+from flax import nnx
+
+import randlora_jax as rl
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q_proj = nnx.Linear(8, 16, rngs=rngs)
+        self.v_proj = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.v_proj(self.q_proj(x))
+
+
+model, another_model = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+config = rl.RandLoraConfig(r=32, target_modules=["q_proj", "v_proj"])
+learning_rate = optax.constant_schedule(1e-2)
+path = pathlib.Path("adapter")
