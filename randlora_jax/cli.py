@@ -1,4 +1,4 @@
-"""The command line, `randlora` or `python -m randlora_jax`: looks at adapters, converts, verifies.
+"""Looks at adapters on disk, converts them, and verifies them.
 
 Exit codes: 0 all is well; 1 an adapter is damaged, or is not what its seed draws; 2 wrong usage.
 """
@@ -20,12 +20,12 @@ from randlora_jax import checkpoint
 from randlora_jax.checkpoint import manifest
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.opened import OURS, PEFT, Opened, open_adapter
-from randlora_jax.peft import config_json, files, llama_name_map
+from randlora_jax.peft import NameMap, config_json, files, llama_name_map
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import from_peft
 from randlora_jax.tables import readable, table_of
 
-NAMES = {"same": None, "llama": llama_name_map}
+NAMES: dict[str, NameMap | None] = {"same": None, "llama": llama_name_map}
 
 
 def inspect(opened: Opened) -> str:
@@ -92,7 +92,7 @@ def verify(opened: Opened) -> tuple[int, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line: the exit code."""
-    parser = argparse.ArgumentParser("randlora", description=__doc__.split(":", 1)[1].strip())
+    parser = argparse.ArgumentParser("randlora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, described in (
         ("inspect", "show config, layers, sizes, seed and fingerprints"),

@@ -8,10 +8,39 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 ALL_LINEAR = "all-linear"
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+
+
+Bias = Literal["none", "all", "randlora_only"]
+
+
+class Fields(TypedDict, total=False):
+    """What `RandLoraConfig` takes, for type checkers; it holds narrower types."""
+
+    r: int
+    randlora_alpha: float
+    projection_prng_key: int
+    save_projection: bool
+    sparse: bool
+    very_sparse: bool
+    randlora_dropout: float
+    fan_in_fan_out: bool
+    bias: Bias
+    target_modules: Collection[str] | str | None
+    exclude_modules: Collection[str] | str | None
+    layers_to_transform: Collection[int] | int | None
+    layers_pattern: Collection[str] | str | None
+    modules_to_save: Collection[str] | None
+    init_weights: bool
+    task_type: str | None
+    auto_mapping: Any
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+    peft_version: str | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,12 +92,12 @@ class RandLoraConfig:
     very_sparse: bool = False
     randlora_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "randlora_only"] = "none"
-    target_modules: Collection[str] | str | None = None
-    exclude_modules: Collection[str] | str | None = None
-    layers_to_transform: Collection[int] | int | None = None
-    layers_pattern: Collection[str] | str | None = None
-    modules_to_save: Collection[str] | None = None
+    bias: Bias = "none"
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] | None = None
     init_weights: bool = True
     task_type: str | None = None
     auto_mapping: Any = dataclasses.field(default=None, hash=False)
@@ -76,6 +105,10 @@ class RandLoraConfig:
     revision: str | None = None
     inference_mode: bool = False
     peft_version: str | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[Fields]) -> None: ...
 
     def __post_init__(self) -> None:
         for name in ("r", "projection_prng_key"):
@@ -113,8 +146,7 @@ class RandLoraConfig:
                     "indices of the layers to adapt"
                 )
             return
-        layers: tuple[Any, ...]
-        layers = tuple(given) if isinstance(given, Collection) else (given,)
+        layers: tuple[Any, ...] = tuple(given) if isinstance(given, Collection) else (given,)
         if not layers or not all(_is_integer(i) and i >= 0 for i in layers):
             raise ValueError(
                 f"layers_to_transform must be indices of layers, 0 or more, got {given!r}"
@@ -172,9 +204,10 @@ class RandLoraConfig:
         """Reads what `to_json` or PEFT wrote."""
         return cls.from_dict(json.loads(text))
 
-    def replace(self, **changes: Any) -> RandLoraConfig:
+    def replace(self, **changes: Unpack[Fields]) -> RandLoraConfig:
         """A copy with other values, checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        values: Any = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return RandLoraConfig(**(values | changes))
 
 
 def _is_integer(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from randlora_jax import trees
 from randlora_jax.bases import Bases
@@ -45,7 +46,7 @@ def merge_sites(
         lam, gamma = site.scales(variables["randlora"])
         scales = nn.unbox(lam), nn.unbox(gamma)
         merged = _merged(nn.unbox(boxed), variables["randlora_bases"], scales, site, config.scaling)
-        if safe and not isinstance(merged, jax.core.Tracer) and not jnp.isfinite(merged).all():
+        if safe and not isinstance(merged, Tracer) and not jnp.isfinite(merged).all():
             raise ValueError(
                 f"merging {trees.dotted(site.module)!r} gives numbers that are not finite: its "
                 "scales, or the bases, are broken"
@@ -67,5 +68,5 @@ def _merged(
         return site.stack.put(kernel, merged)
 
     # An array keeps the sharding it has; a tracer gets its own from the compiler.
-    sharding = None if isinstance(kernel, jax.core.Tracer) else getattr(kernel, "sharding", None)
+    sharding = None if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
     return jax.jit(all_layers, out_shardings=sharding)(kernel, *scales)

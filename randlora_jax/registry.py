@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from randlora_jax import equations
 from randlora_jax.sites import Kernel, Shape
 from randlora_jax.stored import stack_axes
@@ -38,7 +36,7 @@ class LayerRule:
     def describe(
         self,
         layer: Any,
-        value: jax.Array | jax.ShapeDtypeStruct,
+        value: Any,
         fan_in_fan_out: bool,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,

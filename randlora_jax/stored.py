@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -93,17 +93,17 @@ def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tup
     Raises:
       ValueError: if there is no way to read it so.
     """
-    arrays = ((tuple(stored), tuple(layer)), *others)
+    whole, layers = zip((tuple(stored), tuple(layer)), *others, strict=True)
     for axes in itertools.product((0, 1, -1), repeat=max(len(stored) - len(layer), 0)):
-        splits = [_split(whole, axes) for whole, _ in arrays]
-        if None in splits or len({sizes for _, sizes in splits}) != 1:
-            continue
-        if [core for core, _ in splits] == [one for _, one in arrays]:
+        split = _split_all(whole, axes)
+        if split is not None and split[0] == list(layers):
             return axes
     raise ValueError(f"its kernel has the shape {tuple(stored)}, but it was made for {layer}")
 
 
-def _readings(path: trees.Path, dtype, shapes: list[Shape], config: RandLoraConfig) -> list[Site]:
+def _readings(
+    path: trees.Path, dtype: Any, shapes: Sequence[Shape], config: RandLoraConfig
+) -> list[Site]:
     """All ways to read a stored kernel that fit its scales' shapes, the likeliest first.
 
     They differ in (in, out): what reads the same is listed once.
@@ -117,20 +117,15 @@ def _readings(path: trees.Path, dtype, shapes: list[Shape], config: RandLoraConf
         layers = None
     found: dict[tuple[int, int], Site] = {}
     for axes in itertools.product((0, 1, -1), repeat=len(lam) - 2):
-        if found:
-            break  # stacks are nearly always on axis 0, and the sizes seldom allow another
-        splits = [_split(stored, axes) for stored in (shape, lam, gamma)]
-        if None in splits or len({sizes for _, sizes in splits}) != 1:
-            continue
-        (layer, _), *of_scales = splits
+        split = _split_all((shape, lam, gamma), axes)
+        if split is None or found:
+            continue  # stacks are nearly always on axis 0, and the sizes seldom allow another
+        layer, *of_scales = split[0]
+        stack = Stack(axes, Stack(axes).split(shapes[0])[1], layers)
         for inputs in [labelled] if labelled else [tuple(range(i)) for i in range(1, len(layer))]:
-            if max(inputs) >= len(layer):
-                continue
             kernel = Kernel(layer, inputs, where[-1], dtype)
-            if kernel.scale_shapes(of_scales[0][0][0]) == tuple(core for core, _ in of_scales):
-                sizes = _split(shapes[0], axes)[1]
-                site = Site(where[:-1], kernel, Stack(axes, sizes, layers))
-                found.setdefault(kernel.features, site)
+            if max(inputs) < len(layer) and [*kernel.scale_shapes(of_scales[0][0])] == of_scales:
+                found.setdefault(kernel.features, Site(where[:-1], kernel, stack))
     if not found:
         raise ValueError(
             f"scales of shapes {lam} and {gamma} don't fit a kernel of {shape}: they are of "
@@ -139,9 +134,12 @@ def _readings(path: trees.Path, dtype, shapes: list[Shape], config: RandLoraConf
     return list(found.values())
 
 
-def _split(shape: Shape, axes: tuple[int, ...]):
-    """`Stack.split`, None where there is no such axis."""
+def _split_all(
+    shapes: Sequence[Shape], axes: tuple[int, ...]
+) -> tuple[list[Shape], tuple[int, ...]] | None:
+    """(one layer's shapes, the stack's sizes), None if these axes are not those of one stack."""
     try:
-        return Stack(axes).split(shape)
+        layers, sizes = zip(*(Stack(axes).split(shape) for shape in shapes), strict=True)
     except IndexError:
         return None
+    return (list(layers), sizes[0]) if len(set(sizes)) == 1 else None

@@ -11,9 +11,10 @@ with it, gets a cheaper way to the same numbers:
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
-from randlora_jax.registry import LayerRule
+from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
 
 
@@ -46,30 +47,35 @@ class Update:
     dropout: Dropout | None
 
 
-class Call(Protocol):
-    """A call of one method of a module that holds adapted kernels: what a front end fills in.
+Change = Callable[[str, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(abc.ABC):
+    """A call of one method of a module that holds adapted kernels, as a front end hands it over.
 
     Attributes:
-      layer, cls: the module and its class, as the user wrote it.
+      layer, cls: the module, and its class as the user wrote it.
       method: the name of the method.
-      rule: how the class holds its kernel, if it is registered.
       args, kwargs: of the call.
     """
 
     layer: Any
-    cls: type
+    cls: type[Any]
     method: str
-    rule: LayerRule | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @abc.abstractmethod
     def run(self) -> Any:
         """The method on the parameters as they are."""
 
+    @abc.abstractmethod
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
         """The method of a layer that differs in these attributes."""
 
-    def run_on(self, change: Callable[[str, jax.Array], jax.Array], args: tuple[Any, ...]) -> Any:
+    @abc.abstractmethod
+    def run_on(self, change: Change, args: tuple[Any, ...]) -> Any:
         """The method on parameters `change(name, value)`; a submodule's have the name ""."""
 
 
@@ -96,7 +102,7 @@ def prepare(
 def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy) -> Any:
     """The call's result, computed with the updates; there is at least one."""
     kernels = {update.kernel for update in updates}
-    rule, kernel = call.rule, updates[0].kernel
+    rule, kernel = rule_for(call.cls), updates[0].kernel
     if rule is not None and len(kernels) == 1 and kernel.name == rule.kernel:
         _check_equation(call, rule, kernel)
         operation = RandLoraDotGeneral(
@@ -210,7 +216,7 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
             return value
 
         return call.run_on(add, call.args)
-    if call.rule is None:
+    if rule_for(call.cls) is None:
         raise ValueError(
             f"randlora_dropout={updates[0].config.randlora_dropout} has no input to act on at the "
             f"raw parameter {updates[0].target!r}: set it to 0, or deterministic=True"

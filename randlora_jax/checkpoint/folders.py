@@ -13,10 +13,9 @@ from jax.experimental import multihost_utils
 
 from randlora_jax import atomic, trees
 from randlora_jax.checkpoint.orbax_items import (
-    AdapterHandler,
-    AdapterRestore,
     is_adapter,
     resolved,
+    restore,
     standard_save,
 )
 from randlora_jax.config import RandLoraConfig
@@ -90,7 +89,7 @@ def load_adapter(
     while True:
         before = atomic.identity(folder)
         try:
-            return AdapterHandler().restore(atomic.present(folder), AdapterRestore(variables))
+            return restore(atomic.present(folder), variables)
         except (ValueError, FileNotFoundError):
             if atomic.identity(folder) == before:
                 raise  # else another adapter was saved over this one meanwhile

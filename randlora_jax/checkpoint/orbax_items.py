@@ -38,6 +38,11 @@ def read(
         raise ValueError(f"{folder} {error}") from error
 
 
+def restore(folder: epath.Path, variables: trees.Tree) -> tuple[dict[str, Any], RandLoraConfig]:
+    """What an `AdapterRestore` of a folder gives."""
+    return _AdapterHandler().restore(folder, args=AdapterRestore(variables))
+
+
 def _read_arrays(path: epath.Path, where: Sharding) -> tuple[dict[str, Any], Manifest]:
     handler = ocp.StandardCheckpointHandler()
     try:
@@ -57,7 +62,7 @@ def _read_arrays(path: epath.Path, where: Sharding) -> tuple[dict[str, Any], Man
     return arrays, manifest
 
 
-class AdapterHandler(ocp.StandardCheckpointHandler):
+class _AdapterHandler(ocp.StandardCheckpointHandler):
     """What `AdapterSave` and `AdapterRestore` run on; Orbax makes it by itself."""
 
     async def async_save(
@@ -73,7 +78,7 @@ class AdapterHandler(ocp.StandardCheckpointHandler):
             raise ValueError(f"{directory} {error}") from None
 
 
-@ocp.args.register_with_handler(AdapterHandler, for_save=True)
+@ocp.args.register_with_handler(_AdapterHandler, for_save=True)
 @dataclasses.dataclass
 class AdapterSave(ocp.args.CheckpointArgs):
     """An adapter as an item of a user's own Orbax checkpoint, beside the optimizer's state.
@@ -106,8 +111,11 @@ class AdapterSave(ocp.args.CheckpointArgs):
     variables: trees.Tree
     config: RandLoraConfig
 
+    def __init__(self, variables: trees.Tree, config: RandLoraConfig) -> None:
+        self.variables, self.config = variables, config
 
-@ocp.args.register_with_handler(AdapterHandler, for_restore=True)
+
+@ocp.args.register_with_handler(_AdapterHandler, for_restore=True)
 @dataclasses.dataclass
 class AdapterRestore(ocp.args.CheckpointArgs):
     """Restores what `AdapterSave` saved, as `load_adapter` does: (variables, config).
@@ -117,6 +125,9 @@ class AdapterRestore(ocp.args.CheckpointArgs):
     """
 
     variables: trees.Tree
+
+    def __init__(self, variables: trees.Tree) -> None:
+        self.variables = variables
 
 
 def standard_save(variables: trees.Tree, config: RandLoraConfig) -> ocp.args.StandardSave:

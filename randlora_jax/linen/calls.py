@@ -27,9 +27,9 @@ class OurCall:
     """
 
     def __init__(self) -> None:
-        self.number = next(_numbers)
+        self.number: int = next(_numbers)
 
-    def marked(self, call: Callable) -> Callable:
+    def marked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a module, which then belongs to it with all its submodules."""
 
         def run(module, *args, **kwargs):
@@ -58,7 +58,7 @@ class OurCall:
 
 
 @functools.lru_cache(maxsize=4096)
-def _name_of(cls: Any, function: Callable) -> str | None:
+def _name_of(cls: Any, function: Callable[..., Any]) -> str | None:
     """How a class calls its method, whatever decorates it; None for other functions, and `setup`.
 
     Flax runs a function that is lifted with a module, `nn.scan(function)`, as if it were a method.
@@ -71,7 +71,7 @@ def _name_of(cls: Any, function: Callable) -> str | None:
     return None
 
 
-def unbound(base: nn.Module, method: str | Callable | None) -> Callable:
+def unbound(base: nn.Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
     """The base's method as a function of the module: by name, bound, or a function already."""
     name = "__call__" if method is None else method
     if not isinstance(name, str):
@@ -82,7 +82,7 @@ def unbound(base: nn.Module, method: str | Callable | None) -> Callable:
 
 
 def deterministic_of(
-    call: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]
+    call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The call's own word on `deterministic`, and the keywords that the base takes."""
     parameters = inspect.signature(call).parameters

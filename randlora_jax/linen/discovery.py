@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
@@ -125,6 +127,7 @@ def adaptable(
     return found
 
 
+@dataclasses.dataclass(eq=False)
 class Discovery:
     """Interceptor that adds zero scales beside each target's kernel, and notes what it saw.
 
@@ -134,13 +137,18 @@ class Discovery:
       found: the targets' kernels by (module, name).
     """
 
-    def __init__(self, config: RandLoraConfig, parameters: Parameters):
-        self.config, self.parameters, self.calls = config, parameters, OurCall()
-        self.modules: dict[str, tuple[type, bool]] = {}
-        self.found: dict[tuple[trees.Path, str], Kernel] = {}
-        self.mapping: list[str] = []  # what we are within, of the layers that map parameters
+    config: RandLoraConfig
+    parameters: Parameters
+    calls: OurCall = dataclasses.field(default_factory=OurCall)
+    modules: dict[str, tuple[type, bool]] = dataclasses.field(default_factory=dict)
+    found: dict[tuple[trees.Path, str], Kernel] = dataclasses.field(default_factory=dict)
+    # What we are within, of the layers that map parameters.
+    mapping: list[str] = dataclasses.field(default_factory=list)
 
-    def __call__(self, next_fun, args, kwargs, context):
+    def __call__(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        """One call of any module's method, as Flax hands it over."""
         module = context.module
         if self.calls.method(context) is None:
             return next_fun(*args, **kwargs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
+from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
@@ -17,36 +17,35 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall
 from randlora_jax.linen.discovery import Parameters, adaptable
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import rule_for
 from randlora_jax.sites import SCALES, Kernel, is_scale, parse_label, scale_name
 from randlora_jax.targets import Selection
 
 
+@dataclasses.dataclass(eq=False)
 class LayerUpdates:
     """Interceptor that runs each module that holds scales with the updates added.
 
     Attributes:
-      calls: what runs as the model's own.
       adapters: the active ones by name.
       deterministic: whether dropout is off.
       depth: length of the base's own path, where it is within another module.
+      calls: what runs as the model's own.
+      running: paths of modules whose method runs, with the updates, already.
     """
 
-    def __init__(
-        self,
-        adapters: Mapping[str, RandLoraConfig],
-        parameters: Parameters,
-        bases: Bases,
-        deterministic: bool,
-        strategy: Strategy,
-        depth: int = 0,
-    ):
-        self.adapters, self.parameters, self.bases = adapters, parameters, bases
-        self.deterministic, self.strategy, self.depth = deterministic, strategy, depth
-        self.calls = OurCall()
-        self.running: set[trees.Path] = set()  # modules whose kernels are changed already
+    adapters: Mapping[str, RandLoraConfig]
+    parameters: Parameters
+    bases: Bases
+    deterministic: bool
+    strategy: Strategy
+    depth: int = 0
+    calls: OurCall = dataclasses.field(default_factory=OurCall)
+    running: set[trees.Path] = dataclasses.field(default_factory=set)
 
-    def __call__(self, next_fun, args, kwargs, context):
+    def __call__(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        """One call of any module's method, as Flax hands it over."""
         module = context.module
         method = self.calls.method(context)
         if method is None or module.path in self.running:
@@ -54,7 +53,10 @@ class LayerUpdates:
         found = self._updates(module, method, args, kwargs)
         if not found:
             return next_fun(*args, **kwargs)
-        call = LinenCall(module, method, context.orig_method, next_fun, args, kwargs, self.running)
+        function: Any = context.orig_method
+        call = LinenCall(
+            module, type(module), method, args, kwargs, function.func, next_fun, self.running
+        )
         return updates.run(call, found, self.bases, self.strategy)
 
     def _updates(self, module: nn.Module, method: str, args, kwargs) -> list[updates.Update]:
@@ -84,10 +86,10 @@ class LayerUpdates:
                     )
         return found
 
-    def _dropout(self, module: nn.Module, config: RandLoraConfig):
+    def _dropout(self, module: nn.Module, config: RandLoraConfig) -> updates.Dropout | None:
         if self.deterministic or config.randlora_dropout == 0:
             return None
-        layer = nn.Dropout(config.randlora_dropout, deterministic=False, parent=None)
+        layer: Any = nn.Dropout(config.randlora_dropout, deterministic=False, parent=None)
         return functools.partial(layer.apply, {}, rngs={"dropout": module.make_rng("dropout")})
 
 
@@ -100,27 +102,23 @@ def _as_scaled(kernel: Kernel, own: Mapping[str, Any]) -> Kernel:
     return kernel
 
 
-class LinenCall:
-    """A call of a Linen module's method, for `updates.run`."""
+@dataclasses.dataclass(frozen=True)
+class LinenCall(updates.Call):
+    """A call of a Linen module's method.
 
-    def __init__(
-        self,
-        module: nn.Module,
-        method: str,
-        function: functools.partial,
-        next_fun: Callable,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        running: set[trees.Path],
-    ):
-        self.layer, self.cls, self.method = module, type(module), method
-        self.rule = rule_for(self.cls)
-        self.args, self.kwargs = args, kwargs
-        self._function, self._next, self._running = function.func, next_fun, running
+    Attributes:
+      function: the method as it is written.
+      next_fun: the same, bound, with what other interceptors make of it.
+      running: paths of modules whose methods run as they are.
+    """
+
+    function: Callable[..., Any]
+    next_fun: Callable[..., Any]
+    running: set[trees.Path]
 
     def run(self) -> Any:
-        with self._own_methods_as_they_are():
-            return self._next(*self.args, **self.kwargs)
+        with self._running():
+            return self.next_fun(*self.args, **self.kwargs)
 
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
         layer = self.layer.clone(parent=None, **attributes)
@@ -128,7 +126,7 @@ class LinenCall:
         params = {name: leaf for name, leaf in own.items() if not is_scale(name)}
         return layer.apply({"params": params}, *self.args, **self.kwargs)
 
-    def run_on(self, change: Callable[[str, jax.Array], jax.Array], args) -> Any:
+    def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
         def changed(name, node):
             if isinstance(node, Mapping):
                 return {key: changed("", child) for key, child in node.items()}
@@ -138,14 +136,14 @@ class LinenCall:
             params = {name: changed(name, node) for name, node in collections["params"].items()}
             return {**collections, "params": params}
 
-        run = nn.map_variables(self._function, "params", trans_in_fn=change_params, mutable=False)
-        with self._own_methods_as_they_are():
+        run = nn.map_variables(self.function, "params", trans_in_fn=change_params, mutable=False)
+        with self._running():
             return run(self.layer, *args, **self.kwargs)
 
     @contextlib.contextmanager
-    def _own_methods_as_they_are(self):
-        self._running.add(self.layer.path)
+    def _running(self) -> Iterator[None]:
+        self.running.add(self.layer.path)
         try:
             yield
         finally:
-            self._running.discard(self.layer.path)
+            self.running.discard(self.layer.path)

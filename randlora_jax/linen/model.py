@@ -14,6 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import unfreeze
+from flax.core.scope import CollectionFilter
+from flax.typing import PRNGKey, RNGSequences
 from jax.typing import DTypeLike
 
 from randlora_jax import merging, trees
@@ -26,6 +28,8 @@ from randlora_jax.linen.layers import LayerUpdates
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import SCALES, Site, Stack, is_scale, parse_label, scale_name
 from randlora_jax.stored import adapted_layers, scale_pairs, sites_of
+
+Method = Callable[..., Any] | str | None
 
 _ADDED = ("randlora", "randlora_bases")
 _ALL = nn.DenyList("intermediates")  # what init returns, as in Flax
@@ -77,7 +81,7 @@ class RandLora(nn.Module):
     strategy: Strategy = "auto"
     bases_dtype: DTypeLike = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         base = self.base
         if isinstance(base, RandLora):
             raise ValueError("base is a RandLora already: name its adapters in one config, {...}")
@@ -92,7 +96,14 @@ class RandLora(nn.Module):
         if self.scope is not None and base.scope is not self.scope:
             nn.share_scope(self, base)  # no level of its own in the base's paths
 
-    def apply(self, variables, *args, method=None, mutable=False, **options) -> Any:
+    def apply(
+        self,
+        variables: trees.Tree,
+        *args: Any,
+        method: Method = None,
+        mutable: CollectionFilter = False,
+        **options: Any,
+    ) -> Any:
         """`nn.Module.apply` of the base; `method` is one of the base's: a name or a function."""
         call = unbound(self.base, method)
         names = ("rngs", "capture_intermediates")
@@ -110,7 +121,14 @@ class RandLora(nn.Module):
         params = trees.filtered(result[1]["params"], lambda path, _: not is_scale(path[-1]))
         return result[0], {**result[1], "params": params}
 
-    def init_with_output(self, rngs, *args, method=None, mutable=_ALL, **options) -> Any:
+    def init_with_output(
+        self,
+        rngs: PRNGKey | RNGSequences,
+        *args: Any,
+        method: Method = None,
+        mutable: CollectionFilter = _ALL,
+        **options: Any,
+    ) -> tuple[Any, dict[str, Any]]:
         """`nn.Module.init_with_output` of the base, and then `adapt`."""
         call = unbound(self.base, method)
         _, kwargs = deterministic_of(call, args, options)
@@ -122,7 +140,7 @@ class RandLora(nn.Module):
             y = self.apply(variables, *args, method=method, **{"deterministic": True, **options})
         return y, variables
 
-    def __call__(self, *args, **kwargs) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the base within another module; `apply` and `init` do without."""
         call, scope = unbound(self.base, None), self.scope
         if scope is not None and self.is_initializing():
@@ -151,7 +169,14 @@ class RandLora(nn.Module):
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 
-    def adapt(self, variables, *args, method=None, rngs=None, **kwargs) -> dict[str, Any]:
+    def adapt(
+        self,
+        variables: trees.Tree,
+        *args: Any,
+        method: Method = None,
+        rngs: RNGSequences | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Adds scales and bases to a base's variables, of which no copy is made.
 
         The base is traced on the arguments, which can be `jax.ShapeDtypeStruct`s, and not run.
@@ -169,7 +194,7 @@ class RandLora(nn.Module):
           ValueError: for targets that match nothing or nothing linear, and for parameters that are
             not the base's.
         """
-        variables = unfreeze(variables)
+        variables = unfreeze(dict(variables))
         if "params" not in variables:
             raise ValueError(
                 f"variables has the collections {sorted(variables)} and no 'params': adapt takes "
@@ -190,7 +215,9 @@ class RandLora(nn.Module):
             "randlora_bases": initial_bases(configs, sites, self.bases_dtype),
         }
 
-    def merge(self, variables, *args, safe: bool = True, **kwargs) -> dict[str, Any]:
+    def merge(
+        self, variables: trees.Tree, *args: Any, safe: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
         """The base's parameters with the active updates in them, for `base.apply({"params": ...})`.
 
         Computed in float32 and rounded once to each kernel's dtype; the given variables stay as

@@ -91,7 +91,7 @@ def find(
     return select_layers({site.path: site for site in sites}.values(), config)
 
 
-def variable_of(modules: Modules, site: Site) -> nnx.Variable:
+def variable_of(modules: Modules, site: Site) -> nnx.Variable[Any]:
     """The kernel's variable."""
     return getattr(modules[site.module], site.kernel.name)
 

@@ -7,24 +7,22 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from randlora_jax import updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import rule_for
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
 
 BASES = ("randlora_A", "randlora_B", "randlora_scale")
 
 
-class RandLoraParam(nnx.LoRAParam[jax.Array]):
+class RandLoraParam(nnx.LoRAParam[Any]):
     """Scales: what trains."""
 
 
-class RandLoraBasis(nnx.Variable[jax.Array]):
+class RandLoraBasis(nnx.Variable[Any]):
     """Bases, and which layers of a stack have an update: saved with the model, never trained."""
 
 
@@ -39,12 +37,12 @@ class ClosedOver:
     def __init__(self, arrays: Bases):
         self.arrays = arrays
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, ClosedOver) and all(
             self.arrays.get(key) is other.arrays.get(key) for key in BASES
         )
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(tuple(id(self.arrays.get(key)) for key in BASES))
 
 
@@ -79,7 +77,7 @@ def scales_of(module: Any, kernel: Kernel, adapter: str) -> list[RandLoraParam]:
     return [getattr(beside, scale_name(scale, adapter)) for scale in SCALES]
 
 
-def call(module: Any, method: Callable, name: str, args: Any, kwargs: Any) -> Any:
+def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
     """Calls an adapted module's own method, of the name, with the active updates."""
     plan: LayerUpdates = module.randlora_updates
     active = [
@@ -100,17 +98,15 @@ def call(module: Any, method: Callable, name: str, args: Any, kwargs: Any) -> An
         target = f"{type(module).randlora_class.__name__}.{kernel.name}"
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
-    return updates.run(NnxCall(module, method, name, args, kwargs), found, bases, plan.strategy)
+    called = NnxCall(module, type(module).randlora_class, name, args, kwargs, method)
+    return updates.run(called, found, bases, plan.strategy)
 
 
-class NnxCall:
-    """A call of an NNX module's method, for `updates.run`."""
+@dataclasses.dataclass(frozen=True)
+class NnxCall(updates.Call):
+    """A call of an NNX module's method, which is `function` as it is written."""
 
-    def __init__(self, module: Any, method: Callable, name: str, args: Any, kwargs: Any):
-        self.layer, self.cls, self.method = module, type(module).randlora_class, name
-        self.rule = rule_for(self.cls)
-        self.args, self.kwargs = args, kwargs
-        self._method = method
+    function: Callable[..., Any]
 
     def run(self) -> Any:
         return self._on_view({}, self.args)
@@ -118,7 +114,7 @@ class NnxCall:
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
         return self._on_view(attributes, self.args)
 
-    def run_on(self, change: Callable[[str, jax.Array], jax.Array], args: Any) -> Any:
+    def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
         kernels = {kernel.name for kernel in self.layer.randlora_updates.kernels}
         changes: dict[str, Any] = {}
         for name, leaf in vars(self.layer).items():
@@ -133,7 +129,7 @@ class NnxCall:
         """Calls the method on a view: the module as its own class made it, but for the changes."""
         view = object.__new__(self.cls)
         vars(view).update(vars(self.layer), **changes)
-        y = self._method(view, *args, **self.kwargs)
+        y = self.function(view, *args, **self.kwargs)
         # What the method has stored, as `sow` and caches do, belongs to the module.
         stored = {name: value for name, value in vars(view).items() if name not in changes}
         vars(self.layer).update(stored)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,16 @@ from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
 from randlora_jax.stored import sites_of
 
 Model = TypeVar("Model", bound=nnx.Module)
+
+
+class InjectOptions(TypedDict, total=False):
+    """The options of `inject` that `load_adapter` takes too."""
+
+    active: tuple[str, ...] | None
+    parameters: Mapping[str, tuple[int, ...]] | None
+    strategy: Strategy
+    rngs: nnx.Rngs | None
+    bases_dtype: jax.typing.DTypeLike
 
 
 def inject(
@@ -211,7 +221,9 @@ def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
         module.randlora_updates = dataclasses.replace(module.randlora_updates, adapters=active)
 
 
-def load_adapter(path: str | os.PathLike[str], model: nnx.Module, **options: Any) -> RandLoraConfig:
+def load_adapter(
+    path: str | os.PathLike[str], model: nnx.Module, **options: Unpack[InjectOptions]
+) -> RandLoraConfig:
     """Loads what `save_adapter` saved, from a Linen or an NNX model, into an NNX model.
 
     Args:

@@ -22,7 +22,7 @@ def cheapest(
 ) -> tuple[bool, bool]:
     """Whether to merge in the forward and in the backward pass: the pair of fewest operations."""
     if strategy != "auto":
-        return (strategy == "merged",) * 2
+        return strategy == "merged", strategy == "merged"
     sizes = tokens, in_features, out_features, m
     flops = lambda ways: sum(product_flops(*sizes, ways[0], ways[1], plus_kernel))
     return min(((f, b) for f in (True, False) for b in (True, False)), key=flops)

@@ -17,16 +17,21 @@ the other V, B flattened; m = r * n.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from randlora_jax.ops.costs import Strategy, cheapest
 from randlora_jax.ops.partitioning import Arrays, Division, Factors, Part, divide
+
+Shape = tuple[int, ...]
+Axes = Sequence[int]
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
@@ -134,13 +139,16 @@ def _(size, batched, value, other):
     return _computed_after(value, other), batched[0]
 
 
-def factors(A, V, lam, gamma, inputs_are_small, dtype):
+def factors(
+    A: Array, V: Array, lam: Array, gamma: Array, inputs_are_small: bool, dtype: Any
+) -> tuple[Array, Array]:
     """L (in, m) and R (m, out), of which dW = L @ R: U and V, transposed for in <= out.
 
     From A (r, small), V (large, m), and the lambda (a, r, n) and gamma (a, n, small) of a adapters,
     whose updates are summed.
     """
-    outer = sum(lam[i][:, :, None] * gamma[i][None] for i in range(lam.shape[0]))  # (r, n, small)
+    outers = (lam[i][:, :, None] * gamma[i][None] for i in range(lam.shape[0]))
+    outer = functools.reduce(jnp.add, outers)  # (r, n, small)
     U = (outer * A[:, None].astype(outer.dtype)).reshape(-1, A.shape[-1])  # row k * n + b
     U, V = U.astype(dtype), V.astype(dtype)
     return (U.T, V.T) if inputs_are_small else (V, U)
@@ -161,11 +169,14 @@ class Pass:
 
     spec: Spec
 
-    def dot(self, a, b, a_axes, b_axes, dtype):
+    def dot(self, a: Array, b: Array, a_axes: Axes, b_axes: Axes, dtype: Any) -> Array:
+        """Their product, contracted along these axes, in the call's precision."""
         dims = ((tuple(a_axes), tuple(b_axes)), ((), ()))
         return lax.dot_general(a, b, dims, self.spec.precision, dtype)
 
-    def factors(self, x, latest, A, V, lam, gamma):
+    def factors(
+        self, x: Array, latest: Array, A: Array, V: Array, lam: Array, gamma: Array
+    ) -> tuple[Array, Array, Shape, Shape, tuple[bool, bool]]:
         """L (in, m), R (m, out), the shapes in and out have here, and the ways to compute.
 
         They are not computed before `latest`, x or dy.
@@ -185,7 +196,7 @@ class Pass:
         ways = cheapest(*sizes, left.shape[1], spec.strategy, spec.plus_kernel)
         return left, right, ins, outs, ways
 
-    def merged(self, kernel, left, right, shape):
+    def merged(self, kernel: Array | None, left: Array, right: Array, shape: Shape) -> Array:
         """W + L.R, accumulated in float32 and rounded once to the kernel's dtype."""
         dtype = accumulation_dtype(left.dtype)
         delta = self.dot(left, right, (1,), (0,), dtype).reshape(shape)
@@ -197,7 +208,10 @@ class Pass:
 class Forward(Pass):
     """Gives y."""
 
-    def __call__(self, x, A, V, lam, gamma, kernel=None) -> Arrays:
+    def __call__(
+        self, x: Array, A: Array, V: Array, lam: Array, gamma: Array, kernel: Array | None = None
+    ) -> Arrays:
+        """The result, of operands by name."""
         spec = self.spec
         left, right, ins, outs, (merge, _) = self.factors(x, x, A, V, lam, gamma)
         inputs = range(spec.token_axes, x.ndim), range(len(ins))
@@ -214,7 +228,17 @@ class Forward(Pass):
 class Backward(Pass):
     """Gives the gradients of x, lambda and gamma."""
 
-    def __call__(self, x, dy, A, V, lam, gamma, kernel=None) -> Arrays:
+    def __call__(
+        self,
+        x: Array,
+        dy: Array,
+        A: Array,
+        V: Array,
+        lam: Array,
+        gamma: Array,
+        kernel: Array | None = None,
+    ) -> Arrays:
+        """The results, of operands by name."""
         left, right, ins, outs, (_, merge) = self.factors(x, dy, A, V, lam, gamma)
         dtype = accumulation_dtype(x.dtype)
         tokens = range(self.spec.token_axes)
@@ -246,6 +270,7 @@ class Backward(Pass):
 class KernelGradient(Pass):
     """Gives the gradient of the kernel, for whoever trains it."""
 
-    def __call__(self, x, dy) -> Arrays:
+    def __call__(self, x: Array, dy: Array) -> Arrays:
+        """The result, of operands by name."""
         tokens = range(self.spec.token_axes)
         return {"d_kernel": self.dot(x, dy, tokens, tokens, accumulation_dtype(x.dtype))}

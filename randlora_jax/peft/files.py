@@ -59,7 +59,7 @@ def is_adapter(folder: epath.Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def find(directory: str | os.PathLike, adapter_name: str = "default") -> epath.Path:
+def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> epath.Path:
     """The adapter's folder; after a save that was killed between its two moves, what it left.
 
     Raises:

@@ -16,7 +16,7 @@ from randlora_jax.stored import sites_of
 
 
 def load_adapter(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     variables: trees.Tree,
     name_map: Names = None,
     *,
@@ -50,7 +50,7 @@ def load_adapter(
 
 
 def save_adapter(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     variables: trees.Tree,
     config: RandLoraConfig,
     name_map: Names = None,
@@ -104,7 +104,7 @@ def save_adapter(
     return files.write(folder, adapter, config_json.content(adapter.config), overwrite)
 
 
-def module_names(directory: str | os.PathLike, adapter_name: str = "default") -> list[str]:
+def module_names(directory: str | os.PathLike[str], adapter_name: str = "default") -> list[str]:
     """PEFT's names of the modules that an adapter of its has something for."""
     adapter = files.read(files.find(directory, adapter_name))
     return sorted({*adapter.scales, *(module for module, _ in adapter.others)})

@@ -57,7 +57,7 @@ class NameMap:
         return None
 
 
-llama_name_map = NameMap(
+llama_name_map: NameMap = NameMap(
     (("model.layers.{}", "layers"), ("lm_head", "lm_head"), ("score", "score"), ("model", ""))
 )
 """Hugging Face's names of a Llama onto a Flax one with `nn.scan`, that of `examples/smollm2.py`."""
@@ -136,7 +136,9 @@ def leaf_of(path: trees.Path) -> str:
 _WEIGHTS = ("kernel", "embedding", "scale")
 
 
-def from_torch(value: np.ndarray, path: trees.Path, shape: tuple[int, ...], conv1d: bool):
+def from_torch(
+    value: np.ndarray, path: trees.Path, shape: tuple[int, ...], conv1d: bool
+) -> np.ndarray:
     """A torch parameter in the shape of the Flax one at `path`.
 
     Args:
@@ -160,7 +162,7 @@ def from_torch(value: np.ndarray, path: trees.Path, shape: tuple[int, ...], conv
     )
 
 
-def to_torch(value: np.ndarray, path: trees.Path, outputs: int | None, conv1d: bool):
+def to_torch(value: np.ndarray, path: trees.Path, outputs: int | None, conv1d: bool) -> np.ndarray:
     """The inverse of `from_torch`; kernels become nn.Linear's weights, (out, in).
 
     Args:
