@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ NAMES: dict[str, NameMap | None] = {"same": None, "llama": llama_name_map}
 def inspect(opened: Opened) -> str:
     """A table of what an adapter is."""
     config = opened.config
-    size = sum(os.path.getsize(p) for p in opened.folder.rglob("*") if p.is_file())
+    size = sum(os.path.getsize(p) for p in pathlib.Path(opened.folder).rglob("*") if p.is_file())
     defaults = RandLoraConfig()
     rows, trains = [], 0
     for name, pair in sorted(opened.scales.items()):

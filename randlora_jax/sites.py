@@ -230,8 +230,8 @@ def select_layers(sites: Iterable[Site], config: RandLoraConfig) -> list[Site]:
             if stack.axes[0] != 0:
                 raise ValueError(
                     f"layers_to_transform={config.layers_to_transform!r} counts layers along the "
-                    f"first axis, and {name!r} is stacked along another: set it to None, or the "
-                    "stack's variable_axes to {'params': 0}"
+                    f"first axis, and {name!r} is stacked along another: set it to None, or "
+                    "stack the layers along axis 0 (in Linen, variable_axes={'params': 0})"
                 )
             if len(stack.axes) > 1 or layers[-1] >= stack.sizes[0]:
                 raise ValueError(

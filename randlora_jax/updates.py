@@ -204,7 +204,9 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
     """Runs a module on kernels with the updates in them, where it can't be told of a product."""
     A, B = bases["randlora_A"], bases["randlora_B"]
     deltas = [delta_weight(A, B, *u.scales, *u.kernel.features, 1.0) for u in updates]
-    if not any(u.dropout for u in updates):
+    dropped = any(u.dropout for u in updates)
+    registered = rule_for(call.cls) is not None
+    if not dropped or (registered and call.method != "__call__"):  # only a call has the input
         sums: dict[Kernel, jax.Array] = {}
         for update, delta in zip(updates, deltas, strict=True):
             kernel = update.kernel
@@ -216,7 +218,7 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
             return value
 
         return call.run_on(add, call.args)
-    if rule_for(call.cls) is None:
+    if not registered:
         raise ValueError(
             f"randlora_dropout={updates[0].config.randlora_dropout} has no input to act on at the "
             f"raw parameter {updates[0].target!r}: set it to 0, or deterministic=True"

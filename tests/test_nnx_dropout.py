@@ -59,5 +59,5 @@ def test_a_missing_stream_for_dropout_changes_nothing():
 def test_dropout_on_a_raw_parameter_is_refused():
     config = CONFIG.replace(target_modules=["gating"], randlora_dropout=0.5)
     model = inject(Gated(rngs=nnx.Rngs(0)), config, parameters={"gating": (2,)}, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="raw parameter 'gating'"):
+    with pytest.raises(ValueError, match=r"raw parameter 'Gated\.gating'"):
         model(x())

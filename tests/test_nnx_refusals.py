@@ -44,7 +44,7 @@ def test_a_kernel_that_two_modules_hold_is_refused():
         (
             lambda: Stack(axis=1, rngs=nnx.Rngs(0)),
             {"target_modules": ["up"], "layers_to_transform": 1},
-            "needs stacks on axis 0",
+            "counts layers along the first axis",
         ),
         (
             lambda: nnx.LinearGeneral(D, 4, batch_axis={0: 5}, rngs=nnx.Rngs(0)),

@@ -1,7 +1,6 @@
 """Saving adapters for PEFT: what is written, what is kept, what a failed save leaves."""
 
 import json
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +64,7 @@ class TestSaving:
         if fails == "save_file":
             monkeypatch.setattr(files, "save_file", fail)
         else:
-            monkeypatch.setattr(pathlib.Path, "write_text", fail)
+            monkeypatch.setattr(files.json, "dumps", fail)
         with pytest.raises(OSError, match="no space"):
             peft.save_adapter(folder, variables, config, overwrite=True)
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

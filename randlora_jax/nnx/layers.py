@@ -60,6 +60,14 @@ class LayerUpdates:
     strategy: Strategy
 
 
+def original_class(module: Any) -> Any:
+    """A module's class as the user wrote it; the root of a model can be a layer too."""
+    cls = type(module)
+    while hasattr(cls, "randlora_class"):
+        cls = cls.randlora_class
+    return cls
+
+
 def holder(module: Any, kernel: Kernel) -> Any:
     """What has a kernel's scales: the module, or an `nnx.Dict` beside the kernel."""
     return getattr(module, kernel.label[0]) if kernel.label else module
@@ -95,10 +103,10 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         if mask is not None:
             lam = lam * mask.get_value().astype(lam.dtype)
         dropout = _dropout(module, config)
-        target = f"{type(module).randlora_class.__name__}.{kernel.name}"
+        target = f"{original_class(module).__name__}.{kernel.name}"
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
-    called = NnxCall(module, type(module).randlora_class, name, args, kwargs, method)
+    called = NnxCall(module, original_class(module), name, args, kwargs, method)
     return updates.run(called, found, bases, plan.strategy)
 
 
@@ -140,7 +148,7 @@ def _lent_bases(module: Any) -> Bases:
     lent = getattr(module, "randlora_bases", None)
     if lent is None:
         raise RuntimeError(
-            f"an adapted {type(module).randlora_class.__name__} was called outside of its model, "
+            f"an adapted {original_class(module).__name__} was called outside of its model, "
             "which holds its bases: call the model or a method of it, or do this within "
             "`with randlora_jax.nnx.lend_bases(model):`"
         )
