@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,20 @@ from randlora_jax import bases, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import GAMMA, Site
 
+Scales = dict[trees.Path, jax.Array]
 
-def initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> dict[trees.Path, jax.Array]:
+
+def initial_values(
+    configs: Mapping[str, RandLoraConfig], sites: Mapping[str, Sequence[Site]], dtype: DTypeLike
+) -> tuple[dict[str, Scales], bases.Bases]:
+    """The scales of each adapter, by path, and the bases of a dtype that serve all their sites."""
+    dims = bases.shared_dims(site.kernel.features for own in sites.values() for site in own)
+    scales = {name: _initial_scales(config, sites[name]) for name, config in configs.items()}
+    first = next(iter(configs.values()))  # they agree on all that the bases depend on
+    return scales, bases.draw(first, *dims, dtype)
+
+
+def _initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> Scales:
     """PEFT's start: lambda 0 and gamma 1 / max of its shape; or lambda normal, gamma 1 / max."""
     values = {}
     for site in sites:
@@ -30,12 +41,3 @@ def initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> dict[trees.
                 key = trees.key_of(config.projection_prng_key, path)
                 values[path] = jax.random.normal(key, shape, dtype)
     return values
-
-
-def initial_bases(
-    configs: Mapping[str, RandLoraConfig], sites: Mapping[str, Sequence[Site]], dtype: DTypeLike
-) -> bases.Bases:
-    """The bases that serve all sites of all adapters, whose configs agree on them."""
-    first: Any = next(iter(configs.values()))
-    dims = bases.shared_dims(site.kernel.features for own in sites.values() for site in own)
-    return bases.draw(first, *dims, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from randlora_jax import trees
+from randlora_jax.adapters import named
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import Scales, delta_weight, prepare_scales
@@ -18,12 +19,12 @@ from randlora_jax.sites import Site
 from randlora_jax.stored import sites_of
 
 
-def merge(variables: trees.Tree, config: RandLoraConfig, *, safe: bool = True) -> dict[str, Any]:
+def merge(variables: trees.Tree, config: named.Configs, *, safe: bool = True) -> dict[str, Any]:
     """The base's parameters with each adapted kernel replaced by `W + dW`.
 
     Args:
-      variables: with `"params"`, `"randlora"` and `"randlora_bases"`, of one adapter.
-      config: its `r`, `scaling` and `layers_to_transform` count.
+      variables: with `"params"`, `"randlora"` and `"randlora_bases"`.
+      config: the adapter's, or those of several by name, which are all merged.
       safe: refuse results that are not finite (no effect under `jit`, which has no values).
 
     Returns:
@@ -33,13 +34,28 @@ def merge(variables: trees.Tree, config: RandLoraConfig, *, safe: bool = True) -
       ValueError: naming the layer, for a result that is not finite, for scales that don't fit, and
         for shapes that leave a choice: there `RandLora.merge` takes example inputs.
     """
-    return merge_sites(variables, config, sites_of(variables, config), safe=safe)
+    return merge_adapters(variables, config, named.by_name(config), safe=safe)
 
 
-def merge_sites(
-    variables: trees.Tree, config: RandLoraConfig, sites: Sequence[Site], *, safe: bool
+def merge_adapters(
+    variables: trees.Tree,
+    config: named.Configs,
+    active: Mapping[str, RandLoraConfig],
+    known: Mapping[trees.Path, Site] | None = None,
+    *,
+    safe: bool,
 ) -> dict[str, Any]:
-    """`merge`, where the sites are known."""
+    """`merge`, of the active ones of several adapters, where the sites may be known."""
+    params = variables["params"]
+    for name, one_config in active.items():
+        one, _ = named.select({**variables, "params": params}, config, name)
+        params = _merge_one(one, one_config, sites_of(one, one_config, known), safe)
+    return params
+
+
+def _merge_one(
+    variables: trees.Tree, config: RandLoraConfig, sites: Iterable[Site], safe: bool
+) -> dict[str, Any]:
     params = dict(trees.items(variables["params"]))
     for site in sites:
         boxed = params[site.kernel_path]

@@ -16,21 +16,22 @@ def by_name(config: Configs) -> dict[str, RandLoraConfig]:
     return dict(config) if isinstance(config, Mapping) else {"": config}
 
 
-def active_names(config: Configs, active: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The names of the adapters whose updates are summed."""
-    return tuple(by_name(config)) if active is None else tuple(active)
+def active(config: Configs, names: tuple[str, ...] | None) -> dict[str, RandLoraConfig]:
+    """The adapters whose updates are summed: those of the names, or all."""
+    configs = by_name(config)
+    return configs if names is None else {name: configs[name] for name in names}
 
 
-def check(config: Configs, active: tuple[str, ...] | None = None) -> None:
+def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
     """Raises a ValueError for adapters that can't share their bases, and for unknown names."""
     configs = by_name(config)
     if not configs:
         raise ValueError("config is an empty mapping: give at least one adapter")
-    if isinstance(active, str):
-        raise TypeError(f"active must be a tuple of names, got {active!r}")
-    unknown = [name for name in active or () if name not in configs]
+    if isinstance(names, str):
+        raise TypeError(f"active must be a tuple of names, got {names!r}")
+    unknown = [name for name in names or () if name not in configs]
     if unknown:
-        raise ValueError(f"active={active!r} names {unknown}, the adapters are {sorted(configs)}")
+        raise ValueError(f"active={names!r} names {unknown}, the adapters are {sorted(configs)}")
     first_name, first = next(iter(configs.items()))
     for name, one in configs.items():
         _check_together(first_name, first, name, one)
@@ -77,7 +78,7 @@ def select(
         raise ValueError(f"there is no adapter {name!r}, only {sorted(by_name(config))}")
     if not isinstance(config, Mapping):
         return dict(variables), config
-    return {**variables, "randlora": variables["randlora"][name]}, config[name]
+    return {**variables, "randlora": scales_of(variables, name)}, config[name]
 
 
 def insert(
@@ -114,12 +115,11 @@ def insert(
     return {**variables, "randlora": scales, "randlora_bases": dict(large)}, configs
 
 
-def scales_of(variables: trees.Tree, config: Configs) -> dict[str, trees.Tree]:
-    """The trees of scales by adapter."""
-    scales = variables.get("randlora", {})
-    return {name: scales[name] if name else scales for name in by_name(config)}
+def scales_of(variables: trees.Tree, name: str) -> trees.Tree:
+    """One adapter's tree of scales; it is all of "randlora" if there is one without a name."""
+    return variables["randlora"][name] if name else variables["randlora"]
 
 
 def together(scales: Mapping[str, trees.Tree]) -> dict[str, Any]:
-    """The inverse of `scales_of`: what "randlora" holds."""
+    """What "randlora" holds, from each adapter's scales: the inverse of `scales_of`."""
     return dict(scales[""]) if "" in scales else dict(scales)

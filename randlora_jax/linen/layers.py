@@ -48,7 +48,7 @@ class LayerUpdates:
         """One call of any module's method, as Flax hands it over."""
         module = context.module
         method = self.calls.method(context)
-        if method is None or module.path in self.running:
+        if method is None or module.path in self.running or not self.adapters:
             return next_fun(*args, **kwargs)
         found = self._updates(module, method, args, kwargs)
         if not found:

@@ -7,7 +7,6 @@ as the collection `"randlora"`, so that the base's parameters are what they were
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,13 +20,13 @@ from jax.typing import DTypeLike
 from randlora_jax import merging, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.initial import initial_bases, initial_scales
+from randlora_jax.initial import initial_values
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import LayerUpdates
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import SCALES, Site, Stack, is_scale, parse_label, scale_name
-from randlora_jax.stored import adapted_layers, scale_pairs, sites_of
+from randlora_jax.stored import adapted_layers, scale_pairs
 
 Method = Callable[..., Any] | str | None
 
@@ -109,13 +108,10 @@ class RandLora(nn.Module):
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
         updates, kwargs = self._updates(call, variables, args, options)
-        inside = _base_of(variables)
-        if updates is not None:
-            inside["params"] = self._joined(variables)
-        with _intercepted(updates):
-            result = self.base.apply(
-                inside, *args, method=_marked(updates, call), mutable=mutable, **outer, **kwargs
-            )
+        inside = _base_of(variables) | {"params": self._joined(variables)}
+        with nn.intercept_methods(updates):
+            run = updates.calls.marked(call)
+            result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
         if mutable is False or "params" not in result[1]:
             return result
         params = trees.filtered(result[1]["params"], lambda path, _: not is_scale(path[-1]))
@@ -157,13 +153,11 @@ class RandLora(nn.Module):
                 return y
             kwargs = {"deterministic": True, **kwargs}
         updates, kwargs = self._updates(call, self.variables, args, kwargs)
-        if updates is None:
-            return call(self.base, *args, **kwargs)
         updates.depth = len(self.base.path)
 
         def adapted(base, *args, **kwargs):
-            with _intercepted(updates):
-                return _marked(updates, call)(base, *args, **kwargs)
+            with nn.intercept_methods(updates):
+                return updates.calls.marked(call)(base, *args, **kwargs)
 
         join = lambda target: {"params": self._joined(target)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
@@ -205,15 +199,9 @@ class RandLora(nn.Module):
             name: discover(self.base, one, self.parameters, variables, args, kwargs, method, rngs)
             for name, one in configs.items()
         }
-        scales = {
-            name: trees.build(_boxed(initial_scales(one, sites[name]), sites[name], variables))
-            for name, one in configs.items()
-        }
-        return {
-            **variables,
-            "randlora": named.together(scales),
-            "randlora_bases": initial_bases(configs, sites, self.bases_dtype),
-        }
+        scales, bases = initial_values(configs, sites, self.bases_dtype)
+        boxed = {name: _boxed(scales[name], sites[name], variables) for name in configs}
+        return {**variables, "randlora": named.together(boxed), "randlora_bases": bases}
 
     def merge(
         self, variables: trees.Tree, *args: Any, safe: bool = True, **kwargs: Any
@@ -232,26 +220,17 @@ class RandLora(nn.Module):
         Raises:
           ValueError: naming the layer, if its merged kernel is not finite or nothing fits.
         """
-        params = variables["params"]
-        for name in named.active_names(self.config, self.active):
-            one, config = named.select(variables, self.config, name)
-            known = None
-            if args or kwargs:
-                base = _base_of(variables)
-                seen = discover(self.base, config, self.parameters, base, args, kwargs)
-                known = {site.path: site for site in seen}
-            sites = sites_of(one, config, known)
-            params = merging.merge_sites({**one, "params": params}, config, sites, safe=safe)
-        return params
+        active = named.active(self.config, self.active)
+        known: dict[trees.Path, Site] = {}
+        for config in active.values() if args or kwargs else ():
+            base = _base_of(variables)
+            seen = discover(self.base, config, self.parameters, base, args, kwargs)
+            known |= {site.path: site for site in seen}
+        return merging.merge_adapters(variables, self.config, active, known, safe=safe)
 
     @property
     def _starts_at_zero(self) -> bool:
         return all(config.init_weights for config in named.by_name(self.config).values())
-
-    @nn.nowrap
-    def _active(self) -> dict[str, RandLoraConfig]:
-        configs = named.by_name(self.config)
-        return {name: configs[name] for name in named.active_names(self.config, self.active)}
 
     @nn.nowrap
     def _joined(self, variables) -> dict[str, Any]:
@@ -260,10 +239,9 @@ class RandLora(nn.Module):
         There the model's own transforms carry them as they carry the kernels.
         """
         params = variables.get("params", {})
-        scales = named.scales_of(variables, self.config)
         added = {}
-        for name, config in self._active().items():
-            for path, pair in scale_pairs(scales[name]):
+        for name, config in named.active(self.config, self.active).items():
+            for path, pair in scale_pairs(named.scales_of(variables, name)):
                 where, _ = parse_label(path)
                 layers = adapted_layers(config, where[:-1])
                 for scale, leaf in zip(SCALES, pair, strict=True):
@@ -274,25 +252,23 @@ class RandLora(nn.Module):
         return trees.union(params, trees.build(added))
 
     @nn.nowrap
-    def _updates(self, call, variables, args, kwargs) -> tuple[LayerUpdates | None, dict[str, Any]]:
-        """What adapts the layers in a call, None if nothing is active; the base's keywords."""
-        active = self._active()
+    def _updates(self, call, variables, args, kwargs) -> tuple[LayerUpdates, dict[str, Any]]:
+        """What adapts the layers in a call; the base's keywords."""
+        active = named.active(self.config, self.active)
         given, kwargs = deterministic_of(call, args, kwargs)
         given = self.deterministic if given is None else given
-        if not active:
-            return None, kwargs
-        if not variables.get("randlora_bases") or "randlora" not in variables:
+        if active and not (variables.get("randlora_bases") and "randlora" in variables):
             raise ValueError(
                 f"variables has the collections {sorted(variables)}, but an adapted model needs "
                 "'randlora' and 'randlora_bases' too: make them with adapt(variables, x)"
             )
-        rate = max(config.randlora_dropout for config in active.values())
+        rate = max((config.randlora_dropout for config in active.values()), default=0)
         if rate and given is None:
             raise ValueError(
                 f"randlora_dropout={rate} needs deterministic=True or False, in the call or in "
                 "RandLora(..., deterministic=...)"
             )
-        bases = dict(variables["randlora_bases"])
+        bases = dict(variables.get("randlora_bases", {}))
         off = rate == 0 or bool(given)
         return LayerUpdates(active, self.parameters, bases, off, self.strategy), kwargs
 
@@ -301,16 +277,8 @@ def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in variables.items() if name not in _ADDED}
 
 
-def _intercepted(updates: LayerUpdates | None):
-    return contextlib.nullcontext() if updates is None else nn.intercept_methods(updates)
-
-
-def _marked(updates: LayerUpdates | None, call: Callable) -> Callable:
-    return call if updates is None else updates.calls.marked(call)
-
-
-def _boxed(scales: Mapping[trees.Path, Any], sites: list[Site], variables) -> dict[trees.Path, Any]:
-    """Scales in boxes like their kernels': gamma has the axis name of the side that it scales."""
+def _boxed(scales: Mapping[trees.Path, Any], sites: list[Site], variables) -> dict[str, Any]:
+    """A tree of scales, boxed like their kernels: gamma has the axis name of the side it scales."""
     boxed = dict(scales)
     for site in sites:
         box = trees.get(variables["params"], site.kernel_path)
@@ -318,4 +286,4 @@ def _boxed(scales: Mapping[trees.Path, Any], sites: list[Site], variables) -> di
             for scale, names in site.scale_axes(box.names).items():
                 path = (*site.path, scale)
                 boxed[path] = box.replace(value=scales[path], names=names)
-    return boxed
+    return trees.build(boxed)

@@ -19,10 +19,16 @@ from flax import nnx
 from randlora_jax import checkpoint, merging, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.initial import initial_bases, initial_scales
+from randlora_jax.initial import initial_values
 from randlora_jax.nnx.classes import adapted, adapted_modules, rooted, set_class
-from randlora_jax.nnx.discovery import Modules, find, modules_of, variable_of
-from randlora_jax.nnx.layers import LayerUpdates, RandLoraBasis, RandLoraParam, holder
+from randlora_jax.nnx.discovery import find, modules_of, variable_of
+from randlora_jax.nnx.layers import (
+    LayerUpdates,
+    RandLoraBasis,
+    RandLoraParam,
+    holder,
+    original_class,
+)
 from randlora_jax.nnx.state import (
     base_variables,
     check_same,
@@ -104,10 +110,13 @@ def inject(
             name = trees.dotted(path) or "(root)"
             raise ValueError(f"{name!r} is injected already: merge or remove that first")
     sites = {name: find(modules, one, parameters or {}) for name, one in configs.items()}
+    variables = [variable_of(modules, site) for own in sites.values() for site in own]
     if values is None:
-        scales, bases = _initial(configs, modules, sites, bases_dtype)
+        make = lambda: initial_values(configs, sites, bases_dtype)
+        abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
+        scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases, given = values["randlora_bases"], named.scales_of(values, config)
+        bases, given = values["randlora_bases"], {n: named.scales_of(values, n) for n in configs}
         scales = {name: dict(trees.items(given[name])) for name in configs}
         for name, one in configs.items():
             stored = {
@@ -124,14 +133,13 @@ def inject(
             _attach(modules[site.module], site, name, scales[name])
             if one.randlora_dropout:
                 _attach_dropout(modules[site.module], site.stack, stream)
-    active_configs = _active(configs, active)
+    adapters = tuple(named.active(config, active).items())
     for path, kernels in _kernels(sites).items():
         layer: Any = modules[path]
-        layer.randlora_updates = LayerUpdates(kernels, active_configs, strategy)
+        layer.randlora_updates = LayerUpdates(kernels, adapters, strategy)
         layer_class: Any = type(layer)
         set_class(layer, adapted(layer_class))
     # Every device needs all of the bases, as they are.
-    variables = [variable_of(modules, site) for own in sites.values() for site in own]
     sharded = any(_axis_names(variable) is not None for variable in variables)
     for key, value in bases.items():
         metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
@@ -141,23 +149,6 @@ def inject(
     set_class(model, rooted(type(model)))
     set_params(model, {} if values is None else values.get("params", {}))
     return model
-
-
-def _initial(
-    configs: Mapping[str, RandLoraConfig],
-    modules: Modules,
-    sites: Mapping[str, Sequence[Site]],
-    dtype: jax.typing.DTypeLike,
-):
-    """Scales by adapter and path, and bases; abstract, if the model is."""
-
-    def make():
-        scales = {name: initial_scales(one, sites[name]) for name, one in configs.items()}
-        return scales, initial_bases(configs, sites, dtype)
-
-    variables = [variable_of(modules, site) for own in sites.values() for site in own]
-    abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
-    return jax.eval_shape(make) if abstract else make()
 
 
 def _attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
@@ -200,12 +191,6 @@ def _kernels(sites: Mapping[str, Sequence[Site]]) -> dict[trees.Path, tuple[Kern
     return {path: tuple(kernels) for path, kernels in found.items()}
 
 
-def _active(
-    configs: Mapping[str, RandLoraConfig], active: tuple[str, ...] | None
-) -> tuple[tuple[str, RandLoraConfig], ...]:
-    return tuple((name, configs[name]) for name in named.active_names(configs, active))
-
-
 def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
     """Switches adapters: the updates of the `names` are summed from now on; () is the base alone.
 
@@ -216,7 +201,7 @@ def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
     """
     config = config_of(model)
     named.check(config, names)
-    active = _active(named.by_name(config), names)
+    active = tuple(named.active(config, names).items())
     for module in adapted_modules(model).values():
         module.randlora_updates = dataclasses.replace(module.randlora_updates, adapters=active)
 
@@ -262,18 +247,14 @@ def merge(model: Model, *, safe: bool = True) -> Model:
     Raises:
       ValueError: naming the layer, if its merged kernel is not finite; nothing is changed then.
     """
-    config, values = config_of(model), variables(model)
-    known: dict[trees.Path, Site] = {}
-    active: Sequence[tuple[str, RandLoraConfig]] = ()
+    known, active = {}, {}
     for path, module in adapted_modules(model).items():
-        active = module.randlora_updates.adapters
-        for site in (Site(path, kernel) for kernel in module.randlora_updates.kernels):
+        active = dict(module.randlora_updates.adapters)
+        for kernel in module.randlora_updates.kernels:
+            site = Site(path, kernel)
             known[site.path] = site
-    params = values["params"]
-    for name, one_config in active:
-        one, _ = named.select(values, config, name)
-        sites = sites_of(one, one_config, known)
-        params = merging.merge_sites({**one, "params": params}, one_config, sites, safe=safe)
+    values, config = variables(model), config_of(model)
+    params = merging.merge_adapters(values, config, active, known, safe=safe)
     set_params(model, params)
     return remove(model)
 
@@ -282,17 +263,12 @@ def remove(model: Model) -> Model:
     """Takes away what `inject` added, and leaves the parameters as they are."""
     config_of(model)
     layers = adapted_modules(model).values()
-    set_class(model, _original(model))
     for module in layers:
         labels = {label for kernel in module.randlora_updates.kernels for label in kernel.label}
         for key in labels | ({"deterministic"} if hasattr(module, "randlora_switch") else set()):
             delattr(module, key)
-        set_class(module, _original(module))
     for module in (*layers, model):
+        set_class(module, original_class(module))
         for key in [key for key in vars(module) if key.startswith("randlora_")]:
             delattr(module, key)
     return model
-
-
-def _original(module: Any) -> type[nnx.Module]:
-    return type(module).randlora_class

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,6 @@ from randlora_jax.ops.products import (
 
 Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
 Dropout = Callable[[jax.Array], jax.Array]
-Product = Callable[..., jax.Array]
 
 
 def delta_weight(
@@ -184,28 +183,36 @@ class RandLoraDotGeneral:
         for lam, gamma in self.scales:
             check_fit(self.bases, features, (lam.shape, gamma.shape))
         options = {"preferred_element_type": preferred_element_type, **options}
-        product: Product = functools.partial(
-            self._product, lhs, contract, rhs.shape, precision, **options
-        )
+        call = lhs, tuple(contract), rhs.shape, precision
         if not any(self.dropouts) and self.dot_general is None:
-            return product(rhs, self.scales)
+            return self._product(*call, rhs, self.scales, **options)
         own = self.dot_general or lax.dot_general
         y = own(lhs, rhs, dimension_numbers, precision=precision, **options)
-        for part in self._parts(product):
-            y = y + part.astype(y.dtype)
-        return y
+        return y + self.update(*call, **options).astype(y.dtype)
 
     def update(
-        self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
+        self,
+        x: jax.Array,
+        contract: tuple[int, ...],
+        kernel_shape: tuple[int, ...],
+        precision: Any = None,
+        **options: Any,
     ) -> jax.Array:
         """x . dW alone, for a layer that has computed x . W by itself.
 
         Args:
           x: contracted along the axes `contract`.
           kernel_shape: with the input axes first, in the order of `contract`.
+          precision, **options: as for `lax.dot_general`.
         """
-        product: Product = functools.partial(self._product, x, contract, kernel_shape, None)
-        return functools.reduce(jnp.add, self._parts(product))
+        call = contract, kernel_shape, precision, None
+        if not any(self.dropouts):
+            return self._product(x, *call, self.scales, **options)
+        inputs = (drop(x) if drop else x for drop in self.dropouts)  # each adapter has its own
+        pairs = zip(inputs, self.scales, strict=True)
+        return functools.reduce(
+            jnp.add, (self._product(own, *call, [p], **options) for own, p in pairs)
+        )
 
     def is_better_beside(
         self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
@@ -221,24 +228,15 @@ class RandLoraDotGeneral:
             self.strategy == "auto" and cost(merge=False) < cost(merge=True)
         )
 
-    def _parts(self, product: Product) -> Iterator[jax.Array]:
-        """The products of x with the updates: of all at once, unless each has its own x."""
-        if not any(self.dropouts):
-            yield product(None, self.scales)
-            return
-        for pair, dropout in zip(self.scales, self.dropouts, strict=True):
-            yield product(None, (pair,), dropout=dropout)
-
     def _product(
         self, x, contract, kernel_shape, precision, kernel, scales,
-        preferred_element_type=None, out_sharding=None, dropout=None,
-    ):  # fmt: skip
+        preferred_element_type=None, out_sharding=None,
+    ) -> jax.Array:  # fmt: skip
         tokens = [i for i in range(x.ndim) if i not in contract]
         spec = Spec(
             len(tokens), len(contract), kernel_shape, kernel is not None, precision,
             preferred_element_type, self.strategy,
         )  # fmt: skip
-        x = x if dropout is None else dropout(x)
         lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
         operands = {
             "x": lax.transpose(x, (*tokens, *contract)),  # nothing to do for a trailing contraction
