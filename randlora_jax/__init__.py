@@ -12,6 +12,8 @@ from randlora_jax.sharding import sharding
 from randlora_jax.summary import summary
 from randlora_jax.training import combine, labels, partition, split
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdapterRestore",
     "AdapterSave",
