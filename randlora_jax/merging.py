@@ -80,7 +80,7 @@ def _merged(
         return site.kernel.plus(kernel, delta_weight(A, B, lam, gamma, *site.kernel.features, 1.0))
 
     def all_layers(kernel, lam, gamma):
-        merged = site.stack.over(one_layer)(site.stack.adapted(kernel), lam, gamma)
+        merged = site.stack.over(one_layer)(site.stack.adapted_part(kernel), lam, gamma)
         return site.stack.put(kernel, merged)
 
     # An array keeps the sharding it has; a tracer gets its own from the compiler.

@@ -14,8 +14,8 @@ from randlora_jax import trees
 from randlora_jax.checkpoint import orbax_items
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import files, torch_bases
-from randlora_jax.peft.exporting import dense
-from randlora_jax.peft.importing import compact
+from randlora_jax.peft.exporting import dense_bases
+from randlora_jax.peft.importing import compact_bases
 from randlora_jax.stored import scale_pairs
 
 PEFT, OURS = "PEFT", "randlora_jax"
@@ -53,19 +53,19 @@ def open_adapter(path: str, adapter_name: str) -> Opened:
     if orbax_items.is_adapter(folder):
         return _open_ours(folder)
     folder = files.find(path, adapter_name)
-    adapter = files.read(folder)
+    adapter = files.read_adapter(folder)
     config, bases = adapter.config, adapter.bases
     if bases is None:
         return Opened(PEFT, folder, config, adapter.scales, None, False, None, adapter)
-    generator, bases = drawn_by(config, bases), compact(bases, config)
+    generator, bases = drawn_by(config, bases), compact_bases(bases, config)
     return Opened(PEFT, folder, config, adapter.scales, bases, True, generator, adapter)
 
 
 def _open_ours(folder: epath.Path) -> Opened:
-    content, manifest = orbax_items.read(folder)
+    content, manifest = orbax_items.read_adapter(folder)
     config, bases = manifest.config, content["randlora_bases"]
     scales = {trees.dotted(path): pair for path, pair in scale_pairs(content["randlora"])}
-    generator = drawn_by(config, dense({"randlora_bases": bases}))
+    generator = drawn_by(config, dense_bases({"randlora_bases": bases}))
     return Opened(OURS, folder, config, scales, bases, manifest.holds_bases, generator, content)
 
 
@@ -74,7 +74,7 @@ def drawn_by(config: RandLoraConfig, bases: dict[str, np.ndarray]) -> str | None
     A, B = (bases[name] for name in files.BASES)
     sizes = B.shape[0], A.shape[2]
     same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in files.BASES)
-    if same(dense({"randlora_bases": bases_lib.draw(config, *sizes)})):
+    if same(dense_bases({"randlora_bases": bases_lib.draw(config, *sizes)})):
         return f"jax, {bases_lib.GENERATOR}"
     drawn = torch_bases.draw(config, *sizes)
     for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):  # a base's dtype can round them

@@ -145,7 +145,7 @@ class Stack:
             function = jax.vmap(function, axis, axis)
         return function
 
-    def adapted(self, stored: jax.Array) -> jax.Array:
+    def adapted_part(self, stored: jax.Array) -> jax.Array:
         """The part of a stored array whose layers are adapted."""
         return stored if self.layers is None else stored[jnp.array(self.layers)]
 

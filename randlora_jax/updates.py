@@ -110,7 +110,7 @@ def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy)
         )
         computed = _through_product(call, rule, operation, kernel)
         if computed is None:
-            computed = _beside(call, rule, operation, kernel)
+            computed = _with_update_added(call, rule, operation, kernel)
         if computed is not None:
             return computed.value
     return _on_changed_kernels(call, updates, bases)
@@ -181,7 +181,7 @@ def _is_registered(call: Call, rule: LayerRule) -> bool:
     return same and call.method == "__call__"
 
 
-def _beside(
+def _with_update_added(
     call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
 ) -> _Computed | None:
     """Runs a plain layer on its own kernel and adds x . dW, where that is cheaper."""

@@ -35,11 +35,11 @@ def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
     first_name, first = next(iter(configs.items()))
     for name, one in configs.items():
         _check_together(first_name, first, name, one)
-    whole = [n for n, c in configs.items() if c.bias != "none" or c.modules_to_save]
-    if len(configs) > 1 and whole:
+    train_more = [n for n, c in configs.items() if c.bias != "none" or c.modules_to_save]
+    if len(configs) > 1 and train_more:
         raise ValueError(
-            f"{whole} train biases or modules_to_save, which adapters of one base would share: "
-            "set bias='none' and modules_to_save=None, or keep one adapter"
+            f"{train_more} train biases or modules_to_save, which adapters of one base would "
+            "share: set bias='none' and modules_to_save=None, or keep one adapter"
         )
 
 

@@ -163,9 +163,9 @@ def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) ->
     Raises:
       BadAdapter: if they don't fit it.
     """
-    whole = {**variables, **{k: arrays[k] for k in ("randlora", "randlora_bases")}}
+    loaded = {**variables, **{k: arrays[k] for k in ("randlora", "randlora_bases")}}
     try:
-        sites_of(whole, config, guess=True)
+        sites_of(loaded, config, guess=True)
     except ValueError as error:
         raise BadAdapter(f"does not fit: {error}") from None
     params = dict(trees.items(variables["params"]))
@@ -176,7 +176,7 @@ def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) ->
                 "which the base has not: it is of another model"
             )
         params[path] = nn.meta.replace_boxed(params[path], leaf)
-    return {**whole, "params": trees.build(params)}
+    return {**loaded, "params": trees.build(params)}
 
 
 def fingerprints(tree: trees.Tree) -> dict[str, str]:

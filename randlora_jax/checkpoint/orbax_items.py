@@ -18,7 +18,7 @@ from randlora_jax.checkpoint.manifest import MARK, BadAdapter, Manifest, attach,
 from randlora_jax.config import RandLoraConfig
 
 
-def read(
+def read_adapter(
     path: str | os.PathLike[str], where: Sharding | None = None
 ) -> tuple[dict[str, Any], Manifest]:
     """An adapter without a base, verified: its arrays, and how it was described.
@@ -71,7 +71,7 @@ class _AdapterHandler(ocp.StandardCheckpointHandler):
         return await super().async_save(directory, args=standard_save(args.variables, args.config))
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
-        arrays, manifest = read(directory, _everywhere(args.variables))
+        arrays, manifest = read_adapter(directory, _everywhere(args.variables))
         try:
             return attach(arrays, manifest.config, args.variables), manifest.config
         except BadAdapter as error:

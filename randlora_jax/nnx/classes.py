@@ -23,13 +23,13 @@ from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, adapters_o
 
 
 @functools.cache
-def adapted(cls: type[nnx.Module]) -> type[nnx.Module]:
+def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose methods compute with the updates: one for each class."""
     return _subclass("RandLora" + cls.__name__, cls, call)
 
 
 @functools.cache
-def rooted(cls: type[nnx.Module]) -> type[nnx.Module]:
+def root_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose methods lend the bases to the layers."""
 
     def lending(root, method, name, args, kwargs):

@@ -20,7 +20,7 @@ from randlora_jax import checkpoint, merging, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
-from randlora_jax.nnx.classes import adapted, adapted_modules, rooted, set_class
+from randlora_jax.nnx.classes import adapted_class, adapted_modules, root_class, set_class
 from randlora_jax.nnx.discovery import find, modules_of, variable_of
 from randlora_jax.nnx.layers import (
     LayerUpdates,
@@ -123,8 +123,8 @@ def inject(
                 path: s for site in sites[name] for path, s in site.stored_scales(one.r).items()
             }
             check_same(given[name], trees.build(stored))
-            whole = {"randlora": given[name], "randlora_bases": bases, **base_variables(model)}
-            sites_of(whole, one, guess=True)
+            together = {"randlora": given[name], "randlora_bases": bases, **base_variables(model)}
+            sites_of(together, one, guess=True)
     stream: Any = None
     if rngs is not None and any(one.randlora_dropout for one in configs.values()):
         stream = rngs["dropout"]
@@ -138,7 +138,7 @@ def inject(
         layer: Any = modules[path]
         layer.randlora_updates = LayerUpdates(kernels, adapters, strategy)
         layer_class: Any = type(layer)
-        set_class(layer, adapted(layer_class))
+        set_class(layer, adapted_class(layer_class))
     # Every device needs all of the bases, as they are.
     sharded = any(_axis_names(variable) is not None for variable in variables)
     for key, value in bases.items():
@@ -146,7 +146,7 @@ def inject(
         setattr(model, key, RandLoraBasis(value, **metadata))
     root: Any = model
     root.randlora_config = config if isinstance(config, RandLoraConfig) else tuple(config.items())
-    set_class(model, rooted(type(model)))
+    set_class(model, root_class(type(model)))
     set_params(model, {} if values is None else values.get("params", {}))
     return model
 

@@ -38,7 +38,7 @@ def variables(model: nnx.Module) -> dict[str, Any]:
     if "randlora_config" not in vars(model):
         return base_variables(model)
     leaves = {
-        path: _evaluate(stack.adapted, variable.get_value())
+        path: _evaluate(stack.adapted_part, variable.get_value())
         for path, variable, stack in _scales(model)
     }
     scales = trees.build(leaves)

@@ -50,13 +50,13 @@ class Division:
       operands, results: (name, part) of each array. Where operands disagree on a factor's axes,
         the first operand is followed.
       first: factors whose axes are decided before all others'.
-      whole: factors that are never divided.
+      undivided: factors that are never divided.
     """
 
     operands: tuple[tuple[str, Part], ...]
     results: tuple[tuple[str, Part], ...]
     first: Factors = ()
-    whole: Factors = ()
+    undivided: Factors = ()
 
     def assign(
         self, shapes: Sequence[tuple[int, ...]], specs: Sequence[P], sizes: Mapping[str, int]
@@ -70,7 +70,7 @@ class Division:
                     entry = () if entry in (None, P.UNCONSTRAINED) else entry
                     entry = (entry,) if isinstance(entry, str) else tuple(entry)
                     free = tuple(a for a in entry if a not in used)
-                    if (factor in self.first) != only_first or factor in self.whole:
+                    if (factor in self.first) != only_first or factor in self.undivided:
                         continue
                     parts = math.prod(sizes[a] for a in free)
                     if factor not in axes and free and size % parts == 0:
@@ -88,7 +88,7 @@ class Division:
 
     def rule(self) -> str:
         """As Shardy wants it, "a b, b c -> a c"."""
-        name = lambda factor, part: factor + ("" if factor in self.whole else part.group)
+        name = lambda factor, part: factor + ("" if factor in self.undivided else part.group)
         left, right = (
             ", ".join(" ".join(name(f, part) for f in part.factors) for _, part in arrays)
             for arrays in (self.operands, self.results)
@@ -124,10 +124,10 @@ def divide(
     results: Mapping[str, Part],
     *,
     first: Factors = (),
-    whole: Factors = (),
+    undivided: Factors = (),
 ) -> Division:
     """A division, from one table of operands and one of results."""
-    return Division(tuple(operands.items()), tuple(results.items()), first, whole)
+    return Division(tuple(operands.items()), tuple(results.items()), first, undivided)
 
 
 def per_device(function: Callable[..., Arrays], division: Division, operands: Arrays) -> Arrays:
@@ -190,13 +190,13 @@ def _told_by_compiler(function, division: Division):
         in_specs, out_specs = division.specs(axes)
         return mesh, division.summed(function, axes), placed(out_specs), placed(in_specs)
 
-    undivided = division.in_order(function)
-    divided = custom_partitioning(lambda *operands: undivided(*operands))
-    in_order = dict.fromkeys(factor for _, part in division.operands for factor in part.factors)
+    in_order = division.in_order(function)
+    divided = custom_partitioning(lambda *operands: in_order(*operands))
+    factors = dict.fromkeys(factor for _, part in division.operands for factor in part.factors)
     divided.def_partition(
         partition,
         sharding_rule=division.rule(),
-        need_replication_factors=tuple(f for f in in_order if f in division.whole),
+        need_replication_factors=tuple(f for f in factors if f in division.undivided),
     )
 
     # Neither vmap nor a further derivative has a rule for it: they see the undivided function.
@@ -205,9 +205,9 @@ def _told_by_compiler(function, division: Division):
     @mappable.def_vmap
     def _(size, batched, *operands):
         del size
-        results = jax.vmap(undivided, [0 if b else None for b in batched])(*operands)
+        results = jax.vmap(in_order, [0 if b else None for b in batched])(*operands)
         return results, (True,) * len(results)
 
     run = jax.custom_jvp(lambda *operands: mappable(*operands))
-    run.defjvp(lambda primals, tangents: jax.jvp(undivided, primals, tangents))
+    run.defjvp(lambda primals, tangents: jax.jvp(in_order, primals, tangents))
     return run

@@ -90,8 +90,8 @@ class Spec:
         absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
         absent |= set() if self.plus_kernel else {"kernel"}
         present = lambda table: {name: p for name, p in table.items() if name not in absent}
-        whole = ("a", "r", "n", "m")
-        return divide(present(operands), present(results), first=tokens, whole=whole)
+        undivided = ("a", "r", "n", "m")
+        return divide(present(operands), present(results), first=tokens, undivided=undivided)
 
     @property
     def kernel_gradient_division(self) -> Division:

@@ -16,7 +16,7 @@ from randlora_jax.sites import Stack
 from randlora_jax.targets import Selection
 
 
-def read(path: epath.Path) -> RandLoraConfig:
+def read_config(path: epath.Path) -> RandLoraConfig:
     """Reads `adapter_config.json`.
 
     Raises:
@@ -169,7 +169,7 @@ def in_torch(
     everywhere = config.bias == "all"
     here = config.bias == "randlora_only"
     is_bias = lambda module, leaf: leaf == "bias" and (everywhere or (here and module in scales))
-    whole = {module for module, leaf in others if not is_bias(module, leaf)}
-    if not all(targets.is_saved_whole(config, module) for module in whole):
-        config = config.replace(modules_to_save=sorted(whole))
+    modules = {module for module, leaf in others if not is_bias(module, leaf)}
+    if not all(targets.is_saved_whole(config, module) for module in modules):
+        config = config.replace(modules_to_save=sorted(modules))
     return config.replace(save_projection=True)

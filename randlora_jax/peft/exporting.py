@@ -59,10 +59,10 @@ def to_peft(
     params = trees.items(variables.get("params", {}))
     shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
     config = config_json.in_torch(config, scales, others, shapes, name_of)
-    return Adapter(config, scales, dense(variables), others)
+    return Adapter(config, scales, dense_bases(variables), others)
 
 
-def dense(variables: trees.Tree) -> dict[str, np.ndarray]:
+def dense_bases(variables: trees.Tree) -> dict[str, np.ndarray]:
     """The bases in float32; ternary ones as their sign times their size."""
     bases = variables["randlora_bases"]
     arrays = {name: np.asarray(bases[name]) for name in BASES}

@@ -76,7 +76,7 @@ def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> ep
     return folder
 
 
-def read(folder: epath.Path) -> Adapter:
+def read_adapter(folder: epath.Path) -> Adapter:
     """Reads and checks an adapter, in whichever of PEFT's layouts; nothing in it is executed.
 
     Raises:
@@ -84,7 +84,7 @@ def read(folder: epath.Path) -> Adapter:
       ValueError: if they are cut short, not of RandLoRA, or don't fit together; or if the weights
         are a pickle.
     """
-    config = config_json.read(folder / CONFIG)
+    config = config_json.read_config(folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / PICKLED).exists():

@@ -28,11 +28,11 @@ def onto_base(
     """Puts an adapter on a base and checks that it fits, as `peft.load_adapter` says."""
     shapes = {p: tuple(nn.unbox(leaf).shape) for p, leaf in trees.items(variables["params"])}
     added, config, stacks = from_peft(adapter, name_map, shapes)
-    whole = {**variables, **added}
-    sites_of(whole, config, guess=True)
+    loaded = {**variables, **added}
+    sites_of(loaded, config, guess=True)
     if adapter.others or config.bias != "none" or config.modules_to_save:
-        whole, config = _with_others(adapter, whole, config, stacks, shapes, name_map)
-    return whole, config
+        loaded, config = _with_others(adapter, loaded, config, stacks, shapes, name_map)
+    return loaded, config
 
 
 def from_peft(
@@ -58,7 +58,7 @@ def from_peft(
         bases = _redrawn(config, scales, shapes)
     config = config.replace(save_projection=True)
     arrays = {path: _to_jax(array) for path, array in scales.items()}
-    pair = {name: _to_jax(array) for name, array in compact(bases, config).items()}
+    pair = {name: _to_jax(array) for name, array in compact_bases(bases, config).items()}
     return {"randlora": trees.build(arrays), "randlora_bases": pair}, config, stacks
 
 
@@ -124,7 +124,7 @@ def _redrawn(
     return torch_bases.draw(config, *bases_lib.shared_dims(features))
 
 
-def compact(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[str, np.ndarray]:
+def compact_bases(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[str, np.ndarray]:
     """Ternary bases as int8 signs and two sizes, if every bit can be had back from them."""
     if not (config.sparse or config.very_sparse):
         return bases
@@ -149,14 +149,14 @@ def _to_jax(array: np.ndarray) -> jax.Array:
 
 def _with_others(
     adapter: Adapter,
-    whole: trees.Tree,
+    loaded: trees.Tree,
     config: RandLoraConfig,
     stacks: Mapping[trees.Path, Stack],
     shapes: Shapes,
     name_map: Names,
 ) -> tuple[dict[str, Any], RandLoraConfig]:
     """Puts biases and `modules_to_save` in the base's place."""
-    params = dict(trees.items(whole["params"]))
+    params = dict(trees.items(loaded["params"]))
     new: dict[trees.Path, np.ndarray] = {}
     given: dict[trees.Path, set[int | None]] = {}
     saved = set()
@@ -189,7 +189,7 @@ def _with_others(
             saved.add(trees.dotted(path))
     if not all(targets.is_saved_whole(config, name) for name in saved):
         config = config.replace(modules_to_save=sorted(saved))
-    for path, label in trees.items(labels(whole, config)["params"]):
+    for path, label in trees.items(labels(loaded, config)["params"]):
         stack = stacks.get(path[:-1])
         trained: set[int | None] = {None}
         if path in given and None not in given[path]:
@@ -205,4 +205,4 @@ def _with_others(
         sharding = getattr(nn.unbox(params[path]), "sharding", None)
         array = array if sharding is None else jax.device_put(array, sharding)
         params[path] = nn.meta.replace_boxed(params[path], array)
-    return {**whole, "params": trees.build(params)}, config
+    return {**loaded, "params": trees.build(params)}, config
