@@ -20,7 +20,7 @@ from randlora_jax import bases as bases_lib
 from randlora_jax import checkpoint
 from randlora_jax.checkpoint import manifest
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.opened import OURS, PEFT, Opened, open_adapter
+from randlora_jax.inspection import OURS, PEFT, AdapterFolder, read_folder
 from randlora_jax.peft import NameMap, config_json, files, llama_name_map
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import from_peft
@@ -29,66 +29,66 @@ from randlora_jax.tables import readable, table_of
 NAMES: dict[str, NameMap | None] = {"same": None, "llama": llama_name_map}
 
 
-def inspect(opened: Opened) -> str:
+def inspect(adapter: AdapterFolder) -> str:
     """A table of what an adapter is."""
-    config = opened.config
-    size = sum(os.path.getsize(p) for p in pathlib.Path(opened.folder).rglob("*") if p.is_file())
+    config = adapter.config
+    size = sum(os.path.getsize(p) for p in pathlib.Path(adapter.folder).rglob("*") if p.is_file())
     defaults = RandLoraConfig()
     rows, trains = [], 0
-    for name, pair in sorted(opened.scales.items()):
+    for name, pair in sorted(adapter.scales.items()):
         count = sum(np.size(array) for array in pair)
         trains += count
         rows.append((name, *(str(np.shape(array)) for array in pair), f"{count:,}"))
-    facts = [("kind", f"{opened.kind}, {readable(size)} on disk"), ("r", str(config.r))]
+    facts = [("kind", f"{adapter.kind}, {readable(size)} on disk"), ("r", str(config.r))]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name != "r" and value != getattr(defaults, field.name):
             facts.append((field.name, repr(value)))
     facts.append(("projection_prng_key", str(config.projection_prng_key)))
     facts.append(("scales", f"{trains:,} numbers in {len(rows)} layers"))
-    if opened.bases is None:
+    if adapter.bases is None:
         facts.append(("bases", "a seed only: which torch drew them, the file does not say"))
     else:
-        shapes = [str(np.shape(opened.bases[name])) for name in files.BASES]
-        where = "in the file" if opened.stored else "drawn again from the seed"
-        held = readable(bases_lib.nbytes(opened.bases))
+        shapes = [str(np.shape(adapter.bases[name])) for name in files.BASES]
+        where = "in the file" if adapter.stored else "drawn again from the seed"
+        held = readable(bases_lib.nbytes(adapter.bases))
         facts.append(("bases", f"{' and '.join(shapes)}, {held}, {where}"))
-        facts.append(("drawn by", opened.generator or "unknown: not what the seed draws"))
-        for name, fingerprint in manifest.fingerprints(opened.bases).items():
+        facts.append(("drawn by", adapter.generator or "unknown: not what the seed draws"))
+        for name, fingerprint in manifest.fingerprints(adapter.bases).items():
             facts.append((f"fingerprint {name}", fingerprint))
     table = table_of([("layer", "lambda", "gamma", "trains"), *rows], right=(3,))
     return "\n".join([*table_of(list(dict(facts).items())), "", *table])
 
 
-def convert(opened: Opened, target: str, names: str, overwrite: bool) -> str:
+def convert(adapter: AdapterFolder, target: str, names: str, overwrite: bool) -> str:
     """Writes a PEFT adapter as ours, or ours as PEFT's: what was written, in words."""
-    if opened.kind == PEFT:
-        if opened.content.others:
+    if adapter.kind == PEFT:
+        if adapter.content.others:
             raise ValueError(
                 "biases and modules_to_save need the base: use peft.load_adapter, in Python"
             )
-        variables, config, _ = from_peft(opened.content, NAMES[names], None)
+        variables, config, _ = from_peft(adapter.content, NAMES[names], None)
         checkpoint.save_adapter(target, {"params": {}, **variables}, config, overwrite=overwrite)
         return f"{target}: an adapter of {OURS}"
-    content = {"params": {}, **opened.content, "randlora_bases": opened.bases}
-    adapter = to_peft(content, opened.config, NAMES[names])
-    values = config_json.content(adapter.config)
-    size = files.write(epath.Path(target), adapter, values, overwrite)
-    copies = readable(bases_lib.nbytes(adapter.bases or {}) * len(adapter.scales))
+    content = {"params": {}, **adapter.content, "randlora_bases": adapter.bases}
+    exported = to_peft(content, adapter.config, NAMES[names])
+    values = config_json.content(exported.config)
+    size = files.write(epath.Path(target), exported, values, overwrite)
+    copies = readable(bases_lib.nbytes(exported.bases or {}) * len(exported.scales))
     return f"{target}: an adapter of PEFT, {readable(size)}, {copies} of it copies of the bases"
 
 
-def verify(opened: Opened) -> tuple[int, str]:
+def verify(adapter: AdapterFolder) -> tuple[int, str]:
     """(exit code, verdict): whether the bases are what the seed draws."""
-    seed = f"projection_prng_key={opened.config.projection_prng_key}"
-    if opened.bases is None:
+    seed = f"projection_prng_key={adapter.config.projection_prng_key}"
+    if adapter.bases is None:
         return 1, f"it has no bases to compare with what {seed} draws"
-    if opened.generator is None:
+    if adapter.generator is None:
         return (
             1,
             f"neither jax nor torch >= 2.12 draws its bases from {seed}: keep them in the file",
         )
-    return 0, f"its bases are those that {seed} draws ({opened.generator})"
+    return 0, f"its bases are those that {seed} draws ({adapter.generator})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
     """(exit code, what to print) of one command."""
-    opened = open_adapter(args.path, args.adapter)
+    adapter = read_folder(args.path, args.adapter)
     if args.command == "inspect":
-        return 0, inspect(opened)
+        return 0, inspect(adapter)
     if args.command == "convert":
-        return 0, convert(opened, args.target, args.names, args.overwrite)
-    return verify(opened)
+        return 0, convert(adapter, args.target, args.names, args.overwrite)
+    return verify(adapter)

@@ -1,7 +1,9 @@
 """What is public: what the doors list, and nothing else by their names."""
 
+import ast
 import inspect
 import pathlib
+import re
 
 import pytest
 
@@ -25,6 +27,32 @@ def test_a_door_shows_what_it_lists_and_its_rooms(door):
 def test_a_door_has_no_code_of_its_own(door):
     lines = inspect.getsource(door).splitlines()
     assert not [line for line in lines if line.startswith(("def ", "class ", "@"))]
+
+
+def rows():
+    """The files and folders of each row of CONTRIBUTING's table of the code."""
+    text = (pathlib.Path(__file__).parents[1] / ".github" / "CONTRIBUTING.md").read_text()
+    table = text.split("## The code")[1].split("## ")[0]
+    for line in re.findall(r"^\| (`.*?) \|", table, flags=re.M):
+        yield [name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.+?)`", line)]
+
+
+def test_a_file_imports_from_its_row_of_the_map_and_from_those_above():
+    package = pathlib.Path(rl.__file__).parent
+    order = {name: i for i, names in enumerate(rows()) for name in names}
+    there = {path.stem for path in package.iterdir()} - {
+        "__init__",
+        "__main__",
+        "__pycache__",
+        "py",
+    }
+    assert there == set(order)
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())) if own in order else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("randlora_jax"):
+                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                assert all(order[part] <= order[own] for part in parts), (path, parts)
 
 
 def test_the_version_is_the_one_that_is_installed():

@@ -109,3 +109,14 @@ def test_bfloat16_and_mixed_dtypes(options):
         merge(model)
         assert model.kernel[...].dtype == dtype
         assert_close(np.asarray(model(value), np.float32), np.asarray(y, np.float32), 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_narrow_kernels_under_strict_promotion_get_wide_scales(dtype):
+    model = nnx.Linear(D, 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model.kernel.set_value(model.kernel[...].astype(dtype))
+    before = model(x())
+    inject(model, CONFIG)
+    assert model.randlora_lambda[...].dtype == jnp.float32
+    np.testing.assert_array_equal(model(x()), before)
+    assert merge(model).kernel[...].dtype == dtype

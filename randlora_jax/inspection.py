@@ -22,7 +22,7 @@ PEFT, OURS = "PEFT", "randlora_jax"
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class AdapterFolder:
     """An adapter of either kind, read and checked, without a base.
 
     Attributes:
@@ -42,7 +42,7 @@ class Opened:
     content: Any
 
 
-def open_adapter(path: str, adapter_name: str) -> Opened:
+def read_folder(path: str, adapter_name: str) -> AdapterFolder:
     """Reads an adapter folder, PEFT's or ours.
 
     Raises:
@@ -56,17 +56,19 @@ def open_adapter(path: str, adapter_name: str) -> Opened:
     adapter = files.read_adapter(folder)
     config, bases = adapter.config, adapter.bases
     if bases is None:
-        return Opened(PEFT, folder, config, adapter.scales, None, False, None, adapter)
+        return AdapterFolder(PEFT, folder, config, adapter.scales, None, False, None, adapter)
     generator, bases = drawn_by(config, bases), compact_bases(bases, config)
-    return Opened(PEFT, folder, config, adapter.scales, bases, True, generator, adapter)
+    return AdapterFolder(PEFT, folder, config, adapter.scales, bases, True, generator, adapter)
 
 
-def _open_ours(folder: epath.Path) -> Opened:
+def _open_ours(folder: epath.Path) -> AdapterFolder:
     content, manifest = orbax_items.read_adapter(folder)
     config, bases = manifest.config, content["randlora_bases"]
     scales = {trees.dotted(path): pair for path, pair in scale_pairs(content["randlora"])}
     generator = drawn_by(config, dense_bases({"randlora_bases": bases}))
-    return Opened(OURS, folder, config, scales, bases, manifest.holds_bases, generator, content)
+    return AdapterFolder(
+        OURS, folder, config, scales, bases, manifest.holds_bases, generator, content
+    )
 
 
 def drawn_by(config: RandLoraConfig, bases: dict[str, np.ndarray]) -> str | None:
