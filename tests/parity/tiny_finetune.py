@@ -29,11 +29,17 @@ def fewer_held_out(pairs=dialogues.pairs):
     return train, held_out[:16]
 
 
+def short(apply, variables, prompt, max_new_tokens, eos, generate=smollm2.generate):
+    """What random weights answer says nothing, and on a mesh each token gathers the weights."""
+    return generate(apply, variables, prompt, min(max_new_tokens, 4), eos)
+
+
 # What takes the place of the example's own; the tokenizer is its own, read once in a process.
 REPLACED = [
     (gguf_weights, "load", load),
     (gguf_weights, "tokenizer", functools.cache(gguf_weights.tokenizer)),
     (dialogues, "pairs", fewer_held_out),
+    (smollm2, "generate", short),
 ]
 
 
