@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from randlora_jax import RandLoraConfig, draw_bases
 from randlora_jax.bases import num_bases, shared_dims
+from tests.compiling import shipped_jit
 
 MODES = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 
@@ -192,7 +193,7 @@ def test_a_sharded_draw_has_the_same_bits(mode, spec):
     once = draw(mode, 64, 32, r=8)
     shardings = jax.tree.map(lambda _: sharding(), once)
     shardings |= {"randlora_A": sharding(None, None, spec[1]), "randlora_B": sharding(*spec)}
-    sharded = jax.jit(lambda: draw(mode, 64, 32, r=8), out_shardings=shardings)()
+    sharded = shipped_jit(lambda: draw(mode, 64, 32, r=8), out_shardings=shardings)()
     assert sharded["randlora_B"].sharding == sharding(*spec)
     assert hashes(sharded) == hashes(once)
 
@@ -202,7 +203,7 @@ def test_a_sharded_draw_has_the_same_bits(mode, spec):
 )
 def test_the_callers_threefry_setting_changes_nothing(mode, flag):
     with jax.threefry_partitionable(flag):
-        assert hashes(jax.jit(lambda: draw(mode))()) == PINNED[mode]
+        assert hashes(shipped_jit(lambda: draw(mode))()) == PINNED[mode]
 
 
 def test_the_callers_threefry_setting_changes_nothing_outside_jit():

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
+from tests.compiling import shipped_jit
 
 CONFIG = rl.RandLoraConfig(r=8, randlora_alpha=8, target_modules="all-linear")
 SIZES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
@@ -97,13 +98,13 @@ def test_only_the_scales_gradients_are_exchanged_besides_what_the_base_exchanges
 ):
     mesh, trainable, frozen, x = placed(layout, kind)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step(strategy)).lower(trainable, frozen, x).compile()
+        compiled = shipped_jit(step(strategy)).lower(trainable, frozen, x).compile()
         result = compiled(trainable, frozen, x)
     # With explicit axes a plain Dense refuses to sum over a divided kernel: the base is compared
     # where it runs.
     auto = placed(layout, AxisType.Auto)
     with jax.set_mesh(auto[0]):
-        base = exchanged(jax.jit(base_step).lower(auto[3], auto[2]).compile())
+        base = exchanged(shipped_jit(base_step).lower(auto[3], auto[2]).compile())
     ours = exchanged(compiled)
     scales = sum(a.nbytes for a in jax.tree.leaves(trainable))
     beyond = sum(ours.values()) - sum(base.values())
@@ -174,7 +175,7 @@ def test_each_device_draws_its_own_part_of_the_bases():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec = {"randlora_A": P(None, None, "data"), "randlora_B": P("data")}
     out = {name: NamedSharding(mesh, s) for name, s in spec.items()}
-    draw = jax.jit(lambda: rl.draw_bases(CONFIG, 128, 64), out_shardings=out)
+    draw = shipped_jit(lambda: rl.draw_bases(CONFIG, 128, 64), out_shardings=out)
     assert sum(exchanged(draw.lower().compile()).values()) == 0
     for name, array in rl.draw_bases(CONFIG, 128, 64).items():
         np.testing.assert_array_equal(draw()[name], array)

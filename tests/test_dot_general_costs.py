@@ -9,6 +9,7 @@ import pytest
 
 from randlora_jax import RandLoraConfig, RandLoraDotGeneral
 from randlora_jax.linen import RandLora
+from tests.compiling import shipped_jit
 
 # tokens, in, out, r: few to many tokens for each orientation.
 GRID = [
@@ -46,7 +47,7 @@ def flops(tokens, in_features, out_features, r, strategy="auto", train_kernel=Fa
     def loss(scales, x, params, rest, probe):
         return jnp.sum(model.apply(rest | {"randlora": scales, "params": params}, x) * probe)
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2) if train_kernel else (0, 1)))
+    step = shipped_jit(jax.value_and_grad(loss, argnums=(0, 1, 2) if train_kernel else (0, 1)))
     lowered = step.lower(rest["randlora"], x, params, rest, probe)
     return lowered.compile().cost_analysis()["flops"]
 
@@ -83,7 +84,7 @@ def full_fine_tuning(tokens, in_features, out_features):
     probe = jax.ShapeDtypeStruct((tokens, out_features), jnp.float32)
     params = jax.eval_shape(dense.init, jax.random.key(0), x)
     loss = lambda params, x, probe: jnp.sum(dense.apply(params, x) * probe)
-    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, probe)
+    lowered = shipped_jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, probe)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -139,7 +140,7 @@ def test_an_einsum_layer_costs_no_more_than_the_cheaper_way(tokens, equation, sh
         y = model.apply({**params, "randlora": scales, "randlora_bases": rest}, x)
         return jnp.sum(jnp.square(y))
 
-    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(
+    lowered = shipped_jit(jax.value_and_grad(loss, (0, 1))).lower(
         variables["randlora"], x, params, rest
     )
     point = (tokens, ins, outs, 16)
@@ -167,7 +168,7 @@ def test_dropout_takes_the_cheaper_way_beside_the_frozen_product(tokens, sizes):
 
     scales, x = (given.pop("lam"), given.pop("gamma")), given.pop("x")
     order = [given[name] for name in ("mask", "kernel", "A", "B", "probe")]
-    lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(scales, x, *order)
+    lowered = shipped_jit(jax.value_and_grad(loss, (0, 1))).lower(scales, x, *order)
     beside = {
         "factored": 2 * T * m * (d + D) + 2 * T * m * (2 * d + D),
         "merged": 6 * T * d * D + 6 * D * m * d,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests import linen_cases
+from tests.compiling import shipped_jit
 from tests.linen_cases import (
     Case,
     as_numpy,
@@ -140,8 +141,8 @@ def test_a_stack_merges_into_what_it_computed(name):
 @pytest.mark.parametrize("name", ["scan of remat", "vmap of a bare layer", "boxed kernels"])
 def test_output_is_bit_identical_before_training_under_jit(name):
     case = CASES[name]
-    y = jax.jit(case.model.apply)(case.variables, *case.args)
-    assert_same_bits(y, jax.jit(case.base.apply)(case.base_variables, *case.args))
+    y = shipped_jit(case.model.apply)(case.variables, *case.args)
+    assert_same_bits(y, shipped_jit(case.base.apply)(case.base_variables, *case.args))
 
 
 def test_checkpointed_gradients_are_the_same():

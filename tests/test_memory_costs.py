@@ -15,6 +15,7 @@ import pytest
 import randlora_jax as rl
 from randlora_jax import trees
 from randlora_jax.linen import RandLora
+from tests.compiling import shipped_jit
 
 LAYERS, WIDTH, HIDDEN = 12, 512, 2048
 CONFIG = rl.RandLoraConfig(r=32, target_modules=["up", "down"])
@@ -74,7 +75,7 @@ def temporary(what, tokens, scan):
         apply = lambda t, f, x: model.apply(rl.combine(t, f), x)
     # Gradients reach the input, as they do where something before the stack trains.
     loss = lambda t, x, f: jnp.mean(jnp.square(apply(t, f, x)))
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(trains, x, frozen).compile()
+    compiled = shipped_jit(jax.value_and_grad(loss, (0, 1))).lower(trains, x, frozen).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

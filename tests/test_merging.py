@@ -9,6 +9,7 @@ import pytest
 import randlora_jax as rl
 from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
+from tests.compiling import shipped_jit
 from tests.linen_cases import Case, R, as_numpy, assert_same_bits, normal, plus_update
 from tests.linen_models import PLAIN, Block, Scan, block_kernels
 
@@ -70,7 +71,7 @@ def test_merging_keeps_each_arrays_sharding():
 
 def test_merging_under_jit_gives_the_same_kernels():
     case = Case(Block(), (X,), block_kernels())
-    assert_same_bits(jax.jit(case.model.merge)(case.trained), case.model.merge(case.trained))
+    assert_same_bits(shipped_jit(case.model.merge)(case.trained), case.model.merge(case.trained))
 
 
 def test_the_given_parameters_stay_as_they_were():

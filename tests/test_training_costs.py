@@ -12,6 +12,7 @@ import pytest
 import randlora_jax as rl
 from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
+from tests.compiling import shipped_jit
 
 WIDTHS = (192, 160, 224)  # of three layers, on 32 tokens of 128 features
 TOKENS, FEATURES = 32, 128
@@ -56,7 +57,7 @@ def compiled(way):
         return optax.apply_updates(trainable, updates), state, value
 
     state = jax.eval_shape(tx.init, trainable)
-    return jax.jit(step).lower(trainable, state, frozen, X).compile()
+    return shipped_jit(step).lower(trainable, state, frozen, X).compile()
 
 
 def flops(way):
@@ -103,7 +104,7 @@ def test_a_map_over_examples_builds_each_update_once():
     model = RandLora(Layers(), CONFIG, strategy="merged")
     whole = lambda variables, x: model.apply(variables, x)
     mapped = lambda variables, x: jax.vmap(lambda x: model.apply(variables, x))(x)
-    count = lambda f: jax.jit(f).lower(VARIABLES, tokens).compile().cost_analysis()["flops"]
+    count = lambda f: shipped_jit(f).lower(VARIABLES, tokens).compile().cost_analysis()["flops"]
     assert count(mapped) == pytest.approx(count(whole), rel=0.02)
 
 
@@ -125,7 +126,7 @@ def test_microbatches_share_one_update_where_the_merged_kernels_are_made_first()
         return accumulated(Layers().apply, {"params": params}, batches)
 
     each = lambda trainable, x: accumulated(model.apply, rl.combine(trainable, frozen), x)
-    steps = [jax.jit(jax.value_and_grad(loss)) for loss in (each, merged_first)]
+    steps = [shipped_jit(jax.value_and_grad(loss)) for loss in (each, merged_first)]
     for expected, got in zip(
         *map(jax.tree.leaves, (f(trainable, batches) for f in steps)), strict=True
     ):
@@ -141,7 +142,7 @@ def test_microbatches_share_one_update_where_the_merged_kernels_are_made_first()
 def test_a_merged_model_computes_what_the_base_does():
     params = jax.eval_shape(MODEL.merge, VARIABLES)
     count = lambda params: (
-        jax.jit(Layers().apply).lower({"params": params}, X).compile().cost_analysis()["flops"]
+        shipped_jit(Layers().apply).lower({"params": params}, X).compile().cost_analysis()["flops"]
     )
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(
         lambda a: (a.shape, a.dtype), VARIABLES["params"]

@@ -1,5 +1,6 @@
 """The main example: interrupted, resumed, divided among devices, and told what it can't do."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,25 +12,50 @@ import time
 import adapter_training
 import dialogues
 import finetune_smollm2
-import gguf_weights
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import randlora_jax as rl
 from tests.checkpoints import bits, files
-from tests.parity.tiny_finetune import SETTINGS, load
+from tests.parity.tiny_finetune import REPLACED, SETTINGS, load
 from tests.processes.disks import small_disk
 from tests.processes.ports import free_port
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@contextlib.contextmanager
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        for replaced in REPLACED:
+            patch.setattr(*replaced)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+
+
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setattr(gguf_weights, "load", load)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+def always_tiny():
+    with tiny():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs jit functions of their own: all but the first find them compiled."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    compilation_cache.reset_cache()
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def train(folder, *more):
@@ -47,12 +73,8 @@ def losses_of(folder):
 def whole(tmp_path_factory):
     """(folder, losses) of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    original, gguf_weights.load = gguf_weights.load, load
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return folder, train(folder)
-    finally:
-        gguf_weights.load = original
+    with tiny():
+        return folder, train(folder)
 
 
 def adapter(folder):
@@ -86,7 +108,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, monkeypatc
 
 
 def test_a_signal_stops_it_with_one_line_and_all_that_was_done_saved(tmp_path):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
     code = "import sys; from tests.parity.tiny_finetune import run; run(sys.argv[1:])"
     many = [*SETTINGS[:-1], "5000", "--output-dir", str(tmp_path)]
@@ -110,7 +133,7 @@ def test_a_mesh_gives_the_same_losses(whole, tmp_path):
 
 def test_two_processes_give_the_same_losses_and_one_voice(whole, tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    env["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     env["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
     code = "import sys; from tests.parity.tiny_finetune import run; run(sys.argv[1:])"
@@ -189,7 +212,8 @@ def test_a_full_disk_is_told_in_one_line_and_what_was_saved_before_stays(tmp_pat
         f"tiny_finetune.run_while_the_disk_fills(sys.argv[1:], tiny_finetune.{fails});"
         "print(len(test_finetune.losses_of(pathlib.Path(sys.argv[-1]))))"
     )
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "examples"), *sys.path])
     settings = [*SETTINGS[:-1], "60", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(

@@ -25,14 +25,18 @@ CONTEXT.set_forkserver_preload(["tests.processes.victims"])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment():
+def environment(tmp_path_factory):
     """Of the processes that are started: they find these files, and have one device."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     jax.devices()  # ours are eight by now, whatever the environment says from here on
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        patch.setenv("XLA_FLAGS", "")
+        one_device = " --xla_force_host_platform_device_count=1"
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + one_device)
         patch.setenv("JAX_PLATFORMS", "cpu")
+        # They are many and all compile the same: only the first does.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
 
 

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for keep in (True, False):
         training.train(folder / f"bases-{keep}", 2, training.config(save_projection=keep))
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     port = free_port()
