@@ -3,18 +3,20 @@
 import importlib.util
 import os
 
-# Most of the time goes into compiling what runs once: XLA's older emitters take half as long for
-# the same operations. Where the program itself is measured or compared, `compiling.shipped_jit`
-# makes it. The level of optimisation stays as it is: bits and tolerances depend on it.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
 
+from tests.compiling import QUICK
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        *(f"--{name}={value}".lower() for name, value in QUICK.items()),
+    ]
+)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
