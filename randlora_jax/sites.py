@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -212,6 +213,15 @@ class Site:
         along = None if any(others) else first
         join = self.stack.join
         return {LAMBDA: join((None, None), stack), GAMMA: join((None, along), stack)}
+
+
+def check_orientation(sites: Iterable[Site], config: RandLoraConfig) -> None:
+    """Warns of a `fan_in_fan_out` that turns no kernel."""
+    if config.fan_in_fan_out and all(site.kernel.input_axes != (1,) for site in sites):
+        warnings.warn(
+            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
+            stacklevel=4,
+        )
 
 
 def select_layers(sites: Iterable[Site], config: RandLoraConfig) -> list[Site]:

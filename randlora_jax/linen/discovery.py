@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall, deterministic_of, unbound
 from randlora_jax.registry import LayerRule, add_rule, rule_for
-from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, select_layers
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, check_orientation, select_layers
 from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
 
@@ -75,12 +74,8 @@ def discover(
 
     traced = dict(trees.items(nn.unbox(jax.eval_shape(trace, arrays))))
     targets.check(config, seen.modules)
-    if config.fan_in_fan_out and all(k.input_axes != (1,) for k in seen.found.values()):
-        warnings.warn(
-            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
-            stacklevel=3,
-        )
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
+    check_orientation(sites, config)
     _check_params(dict(trees.items(variables["params"])), traced, sites)
     return select_layers(sites, config)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import nnx
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.registry import LayerRule, add_rule, rule_for
-from randlora_jax.sites import Kernel, Site, Stack, select_layers
+from randlora_jax.sites import Kernel, Site, Stack, check_orientation, select_layers
 from randlora_jax.targets import Selection
 
 Modules = Mapping[trees.Path, nnx.Module]
@@ -83,11 +82,7 @@ def find(
                     known[target] = type(module), True
     targets.check(config, known)
     _refuse_tied(modules, sites)
-    if config.fan_in_fan_out and all(s.kernel.input_axes != (1,) for s in sites):
-        warnings.warn(
-            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
-            stacklevel=3,
-        )
+    check_orientation(sites, config)
     return select_layers({site.path: site for site in sites}.values(), config)
 
 

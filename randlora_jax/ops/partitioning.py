@@ -44,7 +44,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How the dimensions of operands and results belong together; made by `divide`.
+    """How the dimensions of operands and results belong together.
 
     Attributes:
       operands, results: (name, part) of each array. Where operands disagree on a factor's axes,
@@ -117,17 +117,6 @@ class Division:
             return tuple(results[name] for name, _ in self.results)
 
         return run
-
-
-def divide(
-    operands: Mapping[str, Part],
-    results: Mapping[str, Part],
-    *,
-    first: Factors = (),
-    undivided: Factors = (),
-) -> Division:
-    """A division, from one table of operands and one of results."""
-    return Division(tuple(operands.items()), tuple(results.items()), first, undivided)
 
 
 def per_device(function: Callable[..., Arrays], division: Division, operands: Arrays) -> Arrays:

@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from randlora_jax.ops.costs import Strategy, cheapest
-from randlora_jax.ops.partitioning import Arrays, Division, Factors, Part, divide
+from randlora_jax.ops.partitioning import Arrays, Division, Factors, Part
 
 Shape = tuple[int, ...]
 Axes = Sequence[int]
@@ -89,18 +89,15 @@ class Spec:
         }
         absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
         absent |= set() if self.plus_kernel else {"kernel"}
-        present = lambda table: {name: p for name, p in table.items() if name not in absent}
+        present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
         undivided = ("a", "r", "n", "m")
-        return divide(present(operands), present(results), first=tokens, undivided=undivided)
+        return Division(present(operands), present(results), tokens, undivided)
 
     @property
     def kernel_gradient_division(self) -> Division:
         tokens, ins, outs = self._factors
-        return divide(
-            {"x": Part(tokens + ins), "dy": Part(tokens + outs)},
-            {"d_kernel": Part(ins + outs, sums=tokens)},
-            first=tokens,
-        )
+        operands = ("x", Part(tokens + ins)), ("dy", Part(tokens + outs))
+        return Division(operands, (("d_kernel", Part(ins + outs, sums=tokens)),), tokens)
 
     @property
     def _factors(self) -> tuple[Factors, Factors, Factors]:
