@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from randlora_jax import equations
+from randlora_jax import equations, targets
 from randlora_jax.sites import Kernel, Shape
 from randlora_jax.stored import stack_axes
 
 InputAxes = tuple[int, ...] | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Sequence[int]]
+
+Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,3 +125,34 @@ def add_rule(rule: LayerRule) -> None:
 def rule_for(cls: type) -> LayerRule | None:
     """The rule of a class, or of the nearest class that it derives from."""
     return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)
+
+
+def raw_kernels(
+    module: str, values: Mapping[str, Any], parameters: Parameters
+) -> dict[str, Kernel]:
+    """Those of a module's own parameters that are asked for by path, by their whole path.
+
+    Raises:
+      ValueError: naming the parameter, if it is not of floating point numbers.
+    """
+    found = {}
+    for label, value in values.items():
+        path = f"{module}.{label}" if module else label
+        for pattern, axes in parameters.items():
+            if targets.names_module((pattern,), path):
+                try:
+                    found[path] = Kernel(tuple(value.shape), tuple(axes), label, value.dtype)
+                except ValueError as error:
+                    raise ValueError(f"{path!r}: {error}") from None
+    return found
+
+
+def check_parameters(parameters: Parameters, paths: Iterable[str]) -> None:
+    """Raises a ValueError for a name of a raw parameter that matches none of the paths."""
+    names = list(paths)
+    for pattern in parameters:
+        if not any(targets.names_module((pattern,), name) for name in names):
+            raise ValueError(
+                f"parameters: {pattern!r} matches no parameter; the nearest are "
+                f"{targets.nearest(pattern, names)}"
+            )

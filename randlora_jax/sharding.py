@@ -38,7 +38,7 @@ def sharding(
       A tree of `NamedSharding` like `variables`, boxes replaced by their one leaf.
 
     Raises:
-      ValueError: if there is no mesh to be found.
+      ValueError: if there is no mesh to be found, or if it has no axis of a name in `data_axes`.
 
     Example:
       >>> import jax
@@ -59,6 +59,13 @@ def sharding(
     on = mesh or (meshes[0] if meshes else None)
     if on is None:
         raise ValueError("mesh is None, and no array is on one: give the mesh")
+    if isinstance(data_axes, str):
+        raise TypeError(f"data_axes must be a list of names, got {data_axes!r}")
+    for axis in data_axes:
+        if axis not in on.axis_names:
+            raise ValueError(
+                f"data_axes: {axis!r} is no axis of the mesh, which has {on.axis_names}"
+            )
     specs = {path: _spec(leaf) for path, leaf in trees.items(variables)}
     for site in sites_of(variables, config, guess=True):
         kernel = ("params", *site.kernel_path)

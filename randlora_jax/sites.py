@@ -47,6 +47,13 @@ class Kernel:
     name: str = "kernel"
     dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(
+                f"{self.name!r} is {jnp.dtype(self.dtype)}, which can hold no update: adapt a "
+                "kernel of floating point numbers, or give the layer's name to exclude_modules"
+            )
+
     @property
     def output_axes(self) -> tuple[int, ...]:
         return tuple(i for i in range(len(self.shape)) if i not in self.input_axes)
@@ -183,6 +190,11 @@ class Site:
     def count(self) -> int:
         """How many kernels it stands for: the adapted layers of its stack."""
         return math.prod(self.stack.adapted_sizes)
+
+    @property
+    def stored_shape(self) -> Shape:
+        """The kernel's, in "params"."""
+        return self.stack.join(self.kernel.shape, self.stack.sizes)
 
     def scales(self, tree: trees.Tree) -> tuple[Any, Any]:
         """Its (lambda, gamma) in a tree like "randlora"."""

@@ -115,11 +115,14 @@ def _several(names: Iterable[str] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> None:
-    """Raises a ValueError for a target that matches nothing, or nothing linear.
+def check(
+    config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]], others: Iterable[str] = ()
+) -> None:
+    """Raises a ValueError for a name that matches nothing, and for a target that is not linear.
 
     Args:
       modules: for each path, the module's type and whether it can be adapted.
+      others: paths of modules that have parameters, and were not seen to run.
     """
     linear = [name for name, (_, is_linear) in modules.items() if is_linear]
     if config.target_modules is None:
@@ -136,15 +139,10 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
                     f"{modules[name][0].__name__} and not a linear layer: narrow it, or give its "
                     "name to exclude_modules"
                 )
-        targets = config.target_modules
-        for target in _several(targets):
-            # Each must mean something; what is excluded on purpose still counts as a meaning.
-            pattern = target if isinstance(targets, str) else (target,)
-            if not any(names_module(pattern, name) for name in modules):
-                raise ValueError(
-                    f"target_modules: {target!r} matches no module; the nearest are "
-                    f"{_some(_nearest(target, linear) or linear)}"
-                )
+    _check_names(config, "target_modules", modules, linear)
+    everything = list(dict.fromkeys([*modules, *others]))
+    for field in ("exclude_modules", "modules_to_save", "layers_pattern"):
+        _check_names(config, field, everything, everything)
     if not any(selection(config, n) is not Selection.NO for n in matched if n in linear):
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules="
@@ -154,14 +152,42 @@ def check(config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]]) -> N
         )
 
 
-def _nearest(target: str, names: Iterable[str]) -> list[str]:
+# PEFT's own names for the heads of these tasks: it takes those of them that there are.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
+def _check_names(
+    config: RandLoraConfig, field: str, modules: Iterable[str], near: Sequence[str]
+) -> None:
+    """Raises a ValueError for a name, in a field of the config, that matches no module."""
+    names = getattr(config, field)
+    if names is None or (field == "target_modules" and config.all_linear):
+        return
+    for name in _several(names):
+        if field == "modules_to_save":
+            found = any(is_saved_whole(config.replace(modules_to_save=[name]), m) for m in modules)
+            found = found or name in _HEADS.get(config.task_type or "", ())
+        elif field == "layers_pattern":
+            found = any(re.search(rf"(?:^|\.)(?:{name})(?:[._]|$)", m) for m in modules)
+        else:
+            # What is excluded on purpose still counts as a meaning.
+            pattern = name if isinstance(names, str) else (name,)
+            found = any(names_module(pattern, m) for m in modules)
+        if not found:
+            raise ValueError(
+                f"{field}: {name!r} matches no module; the nearest are {nearest(name, near)}"
+            )
+
+
+def nearest(target: str, names: Sequence[str]) -> str:
+    """The names that are most like one that is none of them, for messages."""
     # A path is near if it is as a whole, or if its last part is: people type "qproj" for "q_proj".
     by_key: dict[str, str] = {}
     for name in names:
         for key in (name, name.rsplit(".", 1)[-1]):
             by_key.setdefault(key, name)
     near = difflib.get_close_matches(target, by_key, n=5, cutoff=0.5)
-    return list(dict.fromkeys(by_key[key] for key in near))
+    return _some(list(dict.fromkeys(by_key[key] for key in near)) or names)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,11 @@ def key_of(seed: int, path: Path) -> jax.Array:
     """A random key that depends on the seed and on where in the tree it is used."""
     key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32")
     return jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+
+
+def modules_of(paths: Iterable[Path]) -> list[str]:
+    """The dotted paths of all that these leaves are in."""
+    return list(dict.fromkeys(dotted(path[:i]) for path in paths for i in range(1, len(path))))
 
 
 def dotted(path: Path) -> str:

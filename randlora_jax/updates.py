@@ -90,8 +90,14 @@ def prepare(
     """An update from one layer's scales.
 
     Raises:
-      ValueError: naming the target, where kernel, scales and bases don't fit.
+      ValueError: naming the target, where kernel, scales, bases and config don't fit.
     """
+    r = bases["randlora_A"].shape[0]
+    if config.r != r:
+        raise ValueError(
+            f"{target!r}: the config has r={config.r}, but the scales and bases were made with "
+            f"r={r}: build the model with the config that load_adapter returned"
+        )
     try:
         check_fit(bases, kernel.features, [s.shape for s in scales])
     except ValueError as error:

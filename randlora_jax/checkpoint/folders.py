@@ -59,6 +59,8 @@ def save_adapter(
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(new, args=args)
             if first:
+                # Orbax notes in it where the folder was made: no business of who gets the adapter.
+                (new / "commit_success.txt").unlink(missing_ok=True)
                 atomic.take_place(new, folder)
     except Exception as error:  # Orbax and what it writes with raise what they like
         raise OSError(f"{folder} was not saved; what was there is as it was: {error}") from error

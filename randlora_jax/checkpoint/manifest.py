@@ -141,10 +141,18 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     """The arrays of an adapter, and their description.
 
     Raises:
-      ValueError: for `save_projection=False` with bases that the seed does not draw.
+      ValueError: for `save_projection=False` with bases that the seed does not draw, and for
+        scales that don't fit the config or the base.
     """
     trainable, _ = split(variables, config)
     bases = dict(variables["randlora_bases"])
+    if bases["randlora_A"].shape[0] != config.r:
+        raise ValueError(
+            f"the config has r={config.r}, but the bases were made with "
+            f"r={bases['randlora_A'].shape[0]}: save with the config that adapt was called with"
+        )
+    if variables.get("params"):  # what is written must be readable: so it is asked what load asks
+        sites_of(variables, config, guess=True)
     record = BasesRecord.of(bases)
     arrays = nn.unbox(trainable)
     if config.save_projection:

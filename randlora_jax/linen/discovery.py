@@ -14,12 +14,17 @@ from flax.linen.module import InterceptorContext
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall, deterministic_of, unbound
-from randlora_jax.registry import LayerRule, add_rule, rule_for
+from randlora_jax.registry import (
+    LayerRule,
+    Parameters,
+    add_rule,
+    check_parameters,
+    raw_kernels,
+    rule_for,
+)
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, check_orientation, select_layers
 from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
-
-Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
 
 
 def _dense_axes(layer, shape, args, kwargs):
@@ -73,11 +78,12 @@ def discover(
             return base.init(keys, *args, method=run, mutable=True, **kwargs)["params"]
 
     traced = dict(trees.items(nn.unbox(jax.eval_shape(trace, arrays))))
-    targets.check(config, seen.modules)
+    given = dict(trees.items(variables["params"]))
+    targets.check(config, seen.modules, trees.modules_of(given))
+    check_parameters(parameters, map(trees.dotted, given))
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
     check_orientation(sites, config)
-    _check_params(dict(trees.items(variables["params"])), traced, sites)
-    return select_layers(sites, config)
+    return select_layers([_as_given(site, given) for site in sites], config)
 
 
 def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) -> Site:
@@ -112,13 +118,9 @@ def adaptable(
         except ValueError as error:
             if targets.selection(config, name) is not Selection.NO:
                 raise ValueError(f"{name!r}: {error}") from None
-    for label, leaf in own.items():
-        path = f"{name}.{label}" if name else label
-        for pattern, axes in parameters.items():
-            if isinstance(leaf, Mapping) or not targets.names_module((pattern,), path):
-                continue
-            value = nn.unbox(leaf)
-            found.setdefault(Kernel(tuple(value.shape), tuple(axes), label, value.dtype), path)
+    values = {k: nn.unbox(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
+    for path, kernel in raw_kernels(name, values, parameters).items():
+        found.setdefault(kernel, path)
     return found
 
 
@@ -186,15 +188,23 @@ class Discovery:
             scope.variable("params", key, lambda value=value: value)
 
 
-def _check_params(given: Mapping[trees.Path, Any], traced, sites: list[Site]) -> None:
-    """Raises a ValueError where the parameters are not those of the model that was traced."""
-    for site in sites:
-        where = site.kernel_path
-        name, shape = trees.dotted(where), traced[where].shape
-        if where not in given:
-            raise ValueError(f"'params' has no {name!r}: it is of another model")
-        if nn.unbox(given[where]).shape != shape:
-            raise ValueError(
-                f"'params' has a {name!r} of {nn.unbox(given[where]).shape}, but the model has "
-                f"{shape}: it is of another model"
-            )
+def _as_given(site: Site, given: Mapping[trees.Path, Any]) -> Site:
+    """A site of the model that was traced, as the given parameters have it.
+
+    Raises:
+      ValueError: where they are not those of the model, or can't be adapted.
+    """
+    name, shape = trees.dotted(site.kernel_path), site.stored_shape
+    if site.kernel_path not in given:
+        raise ValueError(f"'params' has no {name!r}: it is of another model")
+    value = nn.unbox(given[site.kernel_path])
+    if value.shape != shape:
+        raise ValueError(
+            f"'params' has a {name!r} of {value.shape}, but the model has {shape}: it is of "
+            "another model"
+        )
+    try:
+        kernel = dataclasses.replace(site.kernel, dtype=value.dtype)
+    except ValueError as error:
+        raise ValueError(f"{trees.dotted(site.path)!r}: {error}") from None
+    return dataclasses.replace(site, kernel=kernel)

@@ -15,8 +15,9 @@ from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall
-from randlora_jax.linen.discovery import Parameters, adaptable
+from randlora_jax.linen.discovery import adaptable
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.registry import Parameters
 from randlora_jax.sites import SCALES, Kernel, is_scale, parse_label, scale_name
 from randlora_jax.targets import Selection
 

@@ -95,6 +95,7 @@ class RandLora(nn.Module):
         if self.scope is not None and base.scope is not self.scope:
             nn.share_scope(self, base)  # no level of its own in the base's paths
 
+    @nn.nowrap
     def apply(
         self,
         variables: trees.Tree,
@@ -117,6 +118,7 @@ class RandLora(nn.Module):
         params = trees.filtered(result[1]["params"], lambda path, _: not is_scale(path[-1]))
         return result[0], {**result[1], "params": params}
 
+    @nn.nowrap
     def init_with_output(
         self,
         rngs: PRNGKey | RNGSequences,
@@ -163,6 +165,7 @@ class RandLora(nn.Module):
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 
+    @nn.nowrap
     def adapt(
         self,
         variables: trees.Tree,
@@ -185,10 +188,16 @@ class RandLora(nn.Module):
           The variables as given, with `"randlora"` and `"randlora_bases"` beside them.
 
         Raises:
-          ValueError: for targets that match nothing or nothing linear, and for parameters that are
-            not the base's.
+          ValueError: for targets that match nothing or nothing linear, for parameters that are
+            not the base's, and for variables that have an adapter already.
         """
         variables = unfreeze(dict(variables))
+        if "randlora" in variables:
+            raise ValueError(
+                "variables has an adapter already, which adapt would set to its start: "
+                "adapt({'params': variables['params']}, x) makes a new one, and "
+                "rl.adapters.insert adds one to it"
+            )
         if "params" not in variables:
             raise ValueError(
                 f"variables has the collections {sorted(variables)} and no 'params': adapt takes "
@@ -203,6 +212,7 @@ class RandLora(nn.Module):
         boxed = {name: _boxed(scales[name], sites[name], variables) for name in configs}
         return {**variables, "randlora": named.together(boxed), "randlora_bases": bases}
 
+    @nn.nowrap
     def merge(
         self, variables: trees.Tree, *args: Any, safe: bool = True, **kwargs: Any
     ) -> dict[str, Any]:

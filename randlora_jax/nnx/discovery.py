@@ -11,8 +11,15 @@ from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.registry import LayerRule, add_rule, rule_for
-from randlora_jax.sites import Kernel, Site, Stack, check_orientation, select_layers
+from randlora_jax.registry import (
+    LayerRule,
+    Parameters,
+    add_rule,
+    check_parameters,
+    raw_kernels,
+    rule_for,
+)
+from randlora_jax.sites import Site, Stack, check_orientation, select_layers
 from randlora_jax.targets import Selection
 
 Modules = Mapping[trees.Path, nnx.Module]
@@ -52,16 +59,14 @@ def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
     return {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def find(
-    modules: Modules, config: RandLoraConfig, parameters: Mapping[str, tuple[int, ...]]
-) -> list[Site]:
+def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> list[Site]:
     """The sites of a model.
 
     Raises:
       ValueError: naming the module, for targets that match nothing, or nothing that can be adapted.
     """
     known: dict[str, tuple[type, bool]] = {}
-    sites = []
+    sites, paths = [], []
     for path, module in modules.items():
         name, rule = trees.dotted(path), rule_for(type(module))
         own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
@@ -72,14 +77,12 @@ def find(
                     f"{name!r} has no nnx.Variable {rule.kernel!r}, its class's kernel"
                 )
             sites.append(_site(path, module, rule, own[rule.kernel].get_value(), config))
-        for label, variable in own.items():
-            target = f"{name}.{label}" if name else label
-            for pattern, axes in parameters.items():
-                if targets.names_module((pattern,), target):
-                    value = variable.get_value()
-                    kernel = Kernel(tuple(value.shape), tuple(axes), label, value.dtype)
-                    sites.append(Site(path, kernel))
-                    known[target] = type(module), True
+        values = {label: variable.get_value() for label, variable in own.items()}
+        paths += [(*path, label) for label in own]
+        for target, kernel in raw_kernels(name, values, parameters).items():
+            sites.append(Site(path, kernel))
+            known[target] = type(module), True
+    check_parameters(parameters, map(trees.dotted, paths))
     targets.check(config, known)
     _refuse_tied(modules, sites)
     check_orientation(sites, config)
