@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -96,15 +96,22 @@ class Kernel:
         return (value.astype(dtype) + delta.astype(dtype)).astype(value.dtype)
 
 
-def parse_label(path: trees.Path) -> tuple[trees.Path, tuple[int, ...] | None]:
+def parse_label(
+    path: trees.Path, params: Container[trees.Path] = ()
+) -> tuple[trees.Path, tuple[int, ...] | None]:
     """The kernel's path, and its input axes if the label says them, from that of its scales.
+
+    Args:
+      path: of the scales.
+      params: the paths of the base's parameters, where they are known: a module can be called as
+        if it were a label, "h[0]".
 
     Example:
       >>> parse_label(("attn", "q", "w[0,2]")), parse_label(("mlp", "up"))
       ((('attn', 'q', 'w'), (0, 2)), (('mlp', 'up', 'kernel'), None))
     """
     found = re.fullmatch(r"(.+)\[([\d,]+)\]", path[-1]) if path else None
-    if not found:
+    if not found or (*path, "kernel") in params:
         return (*path, "kernel"), None
     return (*path[:-1], found[1]), tuple(int(i) for i in found[2].split(","))
 

@@ -36,7 +36,7 @@ def sites_of(
     params, bases = dict(trees.items(variables["params"])), variables.get("randlora_bases")
     sites = []
     for path, scales in scale_pairs(variables["randlora"]):
-        where, _ = parse_label(path)
+        where, labelled = parse_label(path, params)
         if where not in params:
             raise ValueError(
                 f"{trees.dotted(path)!r} has scales in 'randlora' but no kernel in 'params': the "
@@ -44,7 +44,7 @@ def sites_of(
             )
         shapes = [tuple(nn.unbox(leaf).shape) for leaf in (params[where], *scales)]
         try:
-            found = _readings(path, nn.unbox(params[where]).dtype, shapes, config)
+            found = _readings(where, labelled, nn.unbox(params[where]).dtype, shapes, config)
             if known is not None and path in known:
                 features = known[path].kernel.features
                 found = [site for site in found if site.kernel.features == features]
@@ -102,13 +102,16 @@ def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tup
 
 
 def _readings(
-    path: trees.Path, dtype: Any, shapes: Sequence[Shape], config: RandLoraConfig
+    where: trees.Path,
+    labelled: tuple[int, ...] | None,
+    dtype: Any,
+    shapes: Sequence[Shape],
+    config: RandLoraConfig,
 ) -> list[Site]:
     """All ways to read a stored kernel that fit its scales' shapes, the likeliest first.
 
     They differ in (in, out): what reads the same is listed once.
     """
-    where, labelled = parse_label(path)
     shape, lam, gamma = shapes
     layers = adapted_layers(config, where[:-1])
     if layers and layers[-1] < shape[0]:

@@ -27,7 +27,8 @@ def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
       {'bias': 'bias', 'kernel': 'frozen'}
     """
     scales = trees.items(variables.get("randlora", {}))
-    adapted = {parse_label(path[:-1])[0][:-1] for path, _ in scales}
+    params = dict(trees.items(variables.get("params", {})))
+    adapted = {parse_label(path[:-1], params)[0][:-1] for path, _ in scales}
 
     def label(path, _):
         collection, *inside = path

@@ -249,14 +249,14 @@ class RandLora(nn.Module):
         There the model's own transforms carry them as they carry the kernels.
         """
         params = variables.get("params", {})
-        added = {}
+        kernels, added = dict(trees.items(params)), {}
         for name, config in named.active(self.config, self.active).items():
             for path, pair in scale_pairs(named.scales_of(variables, name)):
-                where, _ = parse_label(path)
+                where, _ = parse_label(path, kernels)
                 layers = adapted_layers(config, where[:-1])
                 for scale, leaf in zip(SCALES, pair, strict=True):
                     if layers is not None:
-                        stack = Stack((0,), nn.unbox(trees.get(params, where)).shape[:1], layers)
+                        stack = Stack((0,), nn.unbox(kernels[where]).shape[:1], layers)
                         leaf = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
                     added[(*path, scale_name(scale, name))] = leaf
         return trees.union(params, trees.build(added))

@@ -69,7 +69,7 @@ def check_complete(
             path, index = place_of(name_map, name)
         except ValueError:
             continue
-        where = kernel_at(path)[1]
+        where = kernel_at(path, shapes)[1]
         if where in shapes and (index is None or index < shapes[where][0]):
             raise ValueError(f"it lacks the scales of {name!r}, one of its config's targets")
 
@@ -112,7 +112,7 @@ def in_flax(
         return config
     some = {s.layers for s in stacks.values() if s.layers and len(s.layers) < s.sizes[0]}
     here = config.replace(
-        target_modules=sorted({trees.dotted(kernel_at(path)[1][:-1]) for path in stacks}),
+        target_modules=sorted({trees.dotted(kernel_at(path, shapes)[1][:-1]) for path in stacks}),
         layers_to_transform=next(iter(some), None),
         layers_pattern=None,
     )
@@ -132,7 +132,7 @@ def in_flax(
 
 def _means_just(config: RandLoraConfig, stacks: Mapping[trees.Path, Stack], shapes: Shapes) -> bool:
     """Whether a config means exactly the kernels that have scales."""
-    adapted = {kernel_at(path)[1][:-1]: stack for path, stack in stacks.items()}
+    adapted = {kernel_at(path, shapes)[1][:-1]: stack for path, stack in stacks.items()}
     for module, stack in adapted.items():
         selection = targets.selection(config, trees.dotted(module))
         by_layer = selection is Selection.BY_LAYER

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import flax.linen as nn
 import numpy as np
@@ -39,10 +39,12 @@ def to_peft(
             "mapping {name: name_map(name) for name in names}, with the torch model's "
             "named_modules() for names, or module_names(folder) of an adapter"
         )
+    params = trees.items(variables.get("params", {}))
+    shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
     scales, adapted = {}, {}
     for path, pair in scale_pairs(variables["randlora"]):
         arrays = [np.asarray(nn.unbox(leaf)) for leaf in pair]
-        module = kernel_at(path)[1][:-1]
+        module = kernel_at(path, shapes)[1][:-1]
         axes = (0,) * (arrays[0].ndim - 2) if stacks is None else stacks[path].axes
         if len(axes) > 1:
             raise ValueError(f"{trees.dotted(path)!r} is a stack of stacks, which has no PEFT name")
@@ -51,13 +53,11 @@ def to_peft(
             arrays = [np.moveaxis(array, axes[0], 0) for array in arrays]
             layers = adapted_layers(config, module) or tuple(range(arrays[0].shape[0]))
         for i, layer in enumerate(layers):
-            name = _name(name_of, path, layer)
+            name = _name(name_of, path, layer, shapes)
             lam, gamma = (_as_float(array[i] if axes else array) for array in arrays)
             scales[name] = lam, gamma
         adapted[module] = layers
     others = _others(variables, config, name_of, adapted)
-    params = trees.items(variables.get("params", {}))
-    shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
     config = config_json.in_torch(config, scales, others, shapes, name_of)
     return Adapter(config, scales, dense_bases(variables), others)
 
@@ -79,9 +79,11 @@ def _as_float(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
 
 
-def _name(name_of: NameOf, path: trees.Path, row: int | None) -> str:
+def _name(
+    name_of: NameOf, path: trees.Path, row: int | None, params: Container[trees.Path] = ()
+) -> str:
     name = name_of(path, row)
-    if name is None or (parse_label(path)[1] and name == ".".join(path)):
+    if name is None or (parse_label(path, params)[1] and name == ".".join(path)):
         layer = "" if row is None else f", layer {row}"
         raise ValueError(f"name_map has no module of PEFT's for {'.'.join(path)!r}{layer}")
     return name

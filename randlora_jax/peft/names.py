@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,9 +114,11 @@ def inverse(name_map: Names) -> NameOf | None:
     return getattr(name_map, "inverse", None)
 
 
-def kernel_at(path: trees.Path) -> tuple[trees.Path, trees.Path, tuple[int, ...] | None]:
+def kernel_at(
+    path: trees.Path, params: Container[trees.Path] = ()
+) -> tuple[trees.Path, trees.Path, tuple[int, ...] | None]:
     """(path of the scales, path of the kernel, its input axes if the path says them)."""
-    where, axes = parse_label(path)
+    where, axes = parse_label(path, params)
     if axes and where[-1] == "kernel" and axes == tuple(range(len(axes))):
         return where[:-1], where, axes  # such scales sit beside their kernel, without a label
     return path, where, axes
