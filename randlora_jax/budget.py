@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from randlora_jax import trees
 from randlora_jax.bases import num_bases
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.stored import sites_of
 
@@ -48,6 +49,8 @@ def matching_rank(
       >>> matching_rank(variables, config, lora_rank=8)  # LoRA trains 1,024, this 897
       5
     """
+    check_variables(variables, "params", "randlora", "randlora_bases")
+    check_config(config)
     if (lora_rank is None) == (max_parameters is None):
         raise ValueError(
             f"give one budget: lora_rank={lora_rank!r} and max_parameters={max_parameters!r}"

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.bases import Bases
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import Scales, delta_weight, prepare_scales
 from randlora_jax.sites import Site
@@ -34,6 +35,7 @@ def merge(variables: trees.Tree, config: named.Configs, *, safe: bool = True) ->
       ValueError: naming the layer, for a result that is not finite, for scales that don't fit, and
         for shapes that leave a choice: there `RandLora.merge` takes example inputs.
     """
+    check_config(config, several=True)
     return merge_adapters(variables, config, named.by_name(config), safe=safe)
 
 
@@ -46,6 +48,7 @@ def merge_adapters(
     safe: bool,
 ) -> dict[str, Any]:
     """`merge`, of the active ones of several adapters, where the sites may be known."""
+    check_variables(variables, "params", "randlora", "randlora_bases")
     params = variables["params"]
     for name, one_config in active.items():
         one, _ = named.select({**variables, "params": params}, config, name)

@@ -10,6 +10,7 @@ from randlora_jax import equations, targets
 from randlora_jax.sites import Kernel, Shape
 from randlora_jax.stored import stack_axes
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 InputAxes = tuple[int, ...] | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Sequence[int]]
 
 Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
@@ -22,7 +23,8 @@ class LayerRule:
     Attributes:
       layer: the class.
       kernel: the name of the parameter.
-      input_axes: the kernel's axes that meet the input's, or a function that tells them.
+      input_axes: the kernel's axes that meet the input's; a function tells them for each call.
+      layer_axes: a function that tells them for each instance, whatever the call.
       product: the attribute that the layer multiplies with: "dot_general", "einsum_op" or None.
       plain: whether it returns the product, and at most a bias added to it.
       kernel_shape: of one layer, as the instance says it; None if it does not.
@@ -31,33 +33,37 @@ class LayerRule:
     layer: type
     kernel: str = "kernel"
     input_axes: InputAxes | None = None
+    layer_axes: Callable[[Any], tuple[int, ...]] | None = None
     product: str | None = None
     plain: bool = False
     kernel_shape: Callable[[Any], Shape] | None = None
 
     def describe(
-        self,
-        layer: Any,
-        value: Any,
-        fan_in_fan_out: bool,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Kernel:
+        self, layer: Any, value: Any, fan_in_fan_out: bool, call: Arguments | None
+    ) -> Kernel | None:
         """An instance's `Kernel`, from the parameter's value and the arguments of a call.
+
+        Args:
+          call: its (args, kwargs). None for another method, whose arguments say nothing of how the
+            call uses the kernel: then the result is None, if the layer alone does not tell.
 
         Raises:
           ValueError: for an equation that is no linear map by one kernel.
         """
-        shape, kwargs = tuple(value.shape), dict(kwargs or {})
+        shape: Shape = tuple(value.shape)
         axes: Sequence[int] | None
-        if callable(self.input_axes):
-            axes = self.input_axes(layer, shape, args, kwargs)
+        if self.layer_axes is not None:
+            axes = self.layer_axes(layer)
+        elif callable(self.input_axes):
+            axes = None if call is None else self.input_axes(layer, shape, *call)
         elif self.input_axes is not None:
             axes = self.input_axes
         else:
-            equation = equations.equation_of(layer, args, kwargs)
+            equation = equations.equation_of(layer, *(call or ((), {})))
             axes = equations.input_axes(equation, shape) if equation else None
         if axes is None:
+            if call is None:
+                return None
             axes = (1,) if fan_in_fan_out else (0,)
         return Kernel(shape, tuple(axes), self.kernel, value.dtype)
 
@@ -70,7 +76,8 @@ class LayerRule:
         if self.kernel_shape is not None:
             return stack_axes(shape, tuple(self.kernel_shape(layer)))
         equation = equations.equation_of(layer, (), {})
-        if equation is None and self.input_axes is None and len(shape) > 2:
+        told = self.input_axes is not None or self.layer_axes is not None
+        if equation is None and not told and len(shape) > 2:
             raise ValueError(
                 f"nothing tells which axes of its kernel of shape {tuple(shape)} are inputs: give "
                 "register_layer its input_axes"

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import trees
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.stored import sites_of
 
@@ -53,6 +54,8 @@ def sharding(
       >>> sharding(variables, RandLoraConfig(r=2))["randlora"]["randlora_gamma"].spec
       P(None, 'model')
     """
+    check_variables(variables, "params", "randlora", "randlora_bases")
+    check_config(config)
     leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
     found = (getattr(leaf, "sharding", None) for leaf in leaves.values())
     meshes = [s.mesh for s in found if isinstance(s, NamedSharding)]

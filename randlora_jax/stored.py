@@ -94,7 +94,7 @@ def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tup
       ValueError: if there is no way to read it so.
     """
     whole, layers = zip((tuple(stored), tuple(layer)), *others, strict=True)
-    for axes in itertools.product((0, 1, -1), repeat=max(len(stored) - len(layer), 0)):
+    for axes in _axes_of_stacks(len(stored) - len(layer), len(stored)):
         split = _split_all(whole, axes)
         if split is not None and split[0] == list(layers):
             return axes
@@ -119,10 +119,12 @@ def _readings(
     else:
         layers = None
     found: dict[tuple[int, int], Site] = {}
-    for axes in itertools.product((0, 1, -1), repeat=len(lam) - 2):
+    for axes in _axes_of_stacks(len(lam) - 2, len(shape)):
+        if found:
+            break  # the sizes seldom allow another
         split = _split_all((shape, lam, gamma), axes)
-        if split is None or found:
-            continue  # stacks are nearly always on axis 0, and the sizes seldom allow another
+        if split is None:
+            continue
         layer, *of_scales = split[0]
         stack = Stack(axes, Stack(axes).split(shapes[0])[1], layers)
         for inputs in [labelled] if labelled else [tuple(range(i)) for i in range(1, len(layer))]:
@@ -135,6 +137,13 @@ def _readings(
             "another model or another r"
         )
     return list(found.values())
+
+
+def _axes_of_stacks(count: int, ndim: int) -> Iterator[tuple[int, ...]]:
+    """The axes that a stack of `count` axes can have: nearly always the first, else the last."""
+    usual = (0, 1, -1)
+    yield from itertools.product(usual, repeat=max(count, 0))
+    yield from itertools.product((*usual, *range(2, ndim)), repeat=max(count, 0))
 
 
 def _split_all(

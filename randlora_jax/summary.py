@@ -9,6 +9,7 @@ import numpy as np
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.costs import Strategy, cheapest, product_flops
 from randlora_jax.sites import Kernel
@@ -51,6 +52,8 @@ def summary(
       layer   kernel  lambda  gamma   trains  forward  backward  over frozen
       (root)  (6, 4)  (2, 2)  (2, 4)      12  merged   merged           1.51
     """
+    check_variables(variables, "params", "randlora", "randlora_bases")
+    check_config(config)
     rows: list[list[str]] = []
     for site in sites_of(variables, config, guess=True):
         kernel = trees.get(variables["params"], site.kernel_path)

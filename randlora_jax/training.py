@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from randlora_jax import targets, trees
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import parse_label
 
@@ -26,8 +27,9 @@ def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
       >>> labels(tree, RandLoraConfig(bias="all"))["params"]
       {'bias': 'bias', 'kernel': 'frozen'}
     """
-    scales = trees.items(variables.get("randlora", {}))
-    params = dict(trees.items(variables.get("params", {})))
+    check_variables(variables, "params", "randlora")
+    check_config(config)
+    scales, params = trees.items(variables["randlora"]), dict(trees.items(variables["params"]))
     adapted = {parse_label(path[:-1], params)[0][:-1] for path, _ in scales}
 
     def label(path, _):

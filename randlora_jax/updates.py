@@ -47,6 +47,8 @@ class Update:
     dropout: Dropout | None
 
 
+# A parameter's new value, from its name in the module and its value. Parameters of submodules come
+# too, by the name "", since nothing else of theirs matters here.
 Change = Callable[[str, jax.Array], jax.Array]
 
 
@@ -72,11 +74,11 @@ class Call(abc.ABC):
 
     @abc.abstractmethod
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        """The method of a layer that differs in these attributes."""
+        """The call of a layer that differs in these attributes."""
 
     @abc.abstractmethod
     def run_on(self, change: Change, args: tuple[Any, ...]) -> Any:
-        """The method on parameters `change(name, value)`; a submodule's have the name ""."""
+        """The method with other arguments, on parameters that are changed."""
 
 
 def prepare(
@@ -109,7 +111,8 @@ def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy)
     """The call's result, computed with the updates; there is at least one."""
     kernels = {update.kernel for update in updates}
     rule, kernel = rule_for(call.cls), updates[0].kernel
-    if rule is not None and len(kernels) == 1 and kernel.name == rule.kernel:
+    of_rule = rule is not None and len(kernels) == 1 and kernel.name == rule.kernel
+    if rule is not None and of_rule and call.method == "__call__":
         _check_equation(call, rule, kernel)
         operation = RandLoraDotGeneral(
             bases, [u.scales for u in updates], [u.dropout for u in updates], strategy
@@ -124,7 +127,7 @@ def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy)
 
 def _check_equation(call: Call, rule: LayerRule, kernel: Kernel) -> None:
     """Raises a ValueError for a call with another equation than the scales were made for."""
-    if rule.input_axes is not None or call.method != "__call__":
+    if rule.input_axes is not None or rule.layer_axes is not None:
         return
     equation = equations.equation_of(call.layer, call.args, call.kwargs)
     axes = equations.input_axes(equation, kernel.shape) if equation else kernel.input_axes
@@ -146,9 +149,10 @@ def _through_product(
     call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
 ) -> _Computed | None:
     """Runs a layer that multiplies through an attribute with ours in its place, if it uses it."""
-    # A method of a subclass can use the kernel in other ways too; only dropout, which needs the
-    # layer's input and is off in what `merge` agrees with, may rely on it.
-    if not _is_registered(call, rule) and not any(operation.dropouts):
+    # A call that overrides the registered one can use the kernel in other ways too. Only dropout,
+    # which needs the layer's input and is off in what `merge` agrees with, may rely on it.
+    inherits = getattr(call.cls, call.method) is getattr(rule.layer, call.method)
+    if not inherits and not any(operation.dropouts):
         return None
     used = []
 
@@ -179,12 +183,6 @@ def _through_product(
         return None
     y = call.run_with_attributes(attributes)
     return _Computed(y) if used else None
-
-
-def _is_registered(call: Call, rule: LayerRule) -> bool:
-    """Whether what runs is the method that the rule speaks of."""
-    same = getattr(call.cls, call.method, None) is getattr(rule.layer, call.method, None)
-    return same and call.method == "__call__"
 
 
 def _with_update_added(

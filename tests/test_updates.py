@@ -1,5 +1,6 @@
 """Whatever method of a module runs, what it computes is what it computes on the merged kernels."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +132,83 @@ class Scanned(nn.Module):
         return lift(nn.Dense(D, name="layer"), x, None)[0]
 
 
+class Unbound(nn.Module):
+    """A model that takes its own layer out of its scope, as Flax's `unbind` does it."""
+
+    def setup(self):
+        self.layer = nn.Dense(D)
+
+    def __call__(self, x):
+        y = self.layer(x)
+        layer, variables = self.layer.unbind()
+        return (
+            y
+            + layer.apply(variables, x)
+            + self.layer.clone(parent=None).apply({"params": self.layer.variables["params"]}, 2 * x)
+        )
+
+
+class Casts(nn.Module):
+    """An Einsum layer that helps itself with a method, before its call says how it is used."""
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.cast(self.param("w", NORMAL, (3, D, 2))))
+
+    def cast(self, w):
+        return w.astype(jnp.float32)
+
+    def norm(self):
+        return (
+            jnp.sum(self.variables["params"]["w"] ** 2)
+            if self.has_variable("params", "w")
+            else jnp.zeros(())
+        )
+
+
+register_layer(Casts, kernel="w")
+
+
+class Fused(nn.Module):
+    """One with a kernel of several input axes, and methods that say nothing of them."""
+
+    @nn.compact
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.param("kernel", NORMAL, (D, 2, 3)))
+
+    def logged(self, message):
+        del message
+        return jnp.sum(self.variables["params"]["kernel"])
+
+    def attend(self, equation, y):
+        return jnp.einsum(equation, y, self.variables["params"]["kernel"])
+
+
+register_layer(Fused)
+
+
+class Scopes(nn.Module):
+    """A raw parameter, and a Dense that shares its scope."""
+
+    def setup(self):
+        self.dense = nn.Dense(D)
+        nn.share_scope(self, self.dense)
+        self.raw = self.param("raw", NORMAL, (D, D))
+
+    def __call__(self, x):
+        return self.dense(x @ self.raw)
+
+
+class Owned(nn.Module):
+    """A module whose attributes go round in a circle, or can't be sorted."""
+
+    table: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(D)(x)
+
+
 LINEN = {
     "encode and decode": (Model(Codec, lambda m, x: m.both(x)), {"layer.w": (0,)}),
     "encode alone": (Model(Codec, lambda m, x: m.encode(x)), {"layer.w": (0,)}),
@@ -149,6 +227,21 @@ LINEN = {
     ),
     "an apply within": (TiedHead(), {}),
     "a lifted function": (Scanned(), {}),
+    "its own layer, unbound": (Unbound(), {}),
+    "a helper before the call": (
+        Model(Casts, lambda m, x: m.norm() + m("bd,ndh->bnh", x)),
+        {},
+    ),
+    "methods that don't tell": (
+        Model(Fused, lambda m, x: m("bd,dnh->bnh", x) + m.logged("hello, world")),
+        {},
+    ),
+    "another equation elsewhere": (
+        Model(Fused, lambda m, x: m.attend("bnh,dnh->bd", m("bd,dnh->bnh", x))),
+        {},
+    ),
+    "a shared scope": (Scopes(), {"raw": (0,)}),
+    "odd attributes": (Owned({1: 2, "a": 3}), {}),
 }
 
 
@@ -228,6 +321,38 @@ class NnxModel(nnx.Module):
         return self.use(self.layer, x)
 
 
+class NnxPlain(nnx.Module):
+    eqn = "bd,df->bf"
+
+    def __init__(self):
+        self.w = nnx.Param(normal(1, D, D))
+
+    def __call__(self, x):
+        return jnp.einsum(self.eqn, x, self.w[...])
+
+    def back(self, y):
+        return y @ self.w[...].T
+
+    def scaled(self, x, factor):
+        return self(x) * factor
+
+    twice = functools.partialmethod(scaled, factor=2.0)
+
+    def __matmul__(self, x):
+        return x @ self.w[...]
+
+    @staticmethod
+    def helper(x):
+        return x
+
+    @classmethod
+    def name(cls):
+        return cls.__name__
+
+
+register_layer(NnxPlain, kernel="w", plain=True)
+
+
 NNX = {
     "encode and decode": (NnxCodec, lambda m, x: m.decode(m.encode(x)), {"layer.w": (0,)}),
     "a private method": (NnxCodec, lambda m, x: m._product(x), {"layer.w": (0,)}),
@@ -238,6 +363,9 @@ NNX = {
         lambda m, x: m.attend(x),
         {"layer.embedding": (1,)},
     ),
+    "another method of a plain layer": (NnxPlain, lambda m, x: m.back(m(x)), {}),
+    "a partial method": (NnxPlain, lambda m, x: m.helper(m.twice(x)), {}),
+    "an operator": (NnxPlain, lambda m, x: m @ x, {}),
 }
 
 
@@ -256,3 +384,18 @@ def test_nnx_applies_what_it_merges(name, strategy):
     assert np.abs(model(X) - before).max() > 1e-3
     np.testing.assert_allclose(actual, model(X), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(jitted, model(X), rtol=2e-5, atol=2e-5)
+
+
+def test_dropout_leaves_other_methods_alone():
+    x = normal(0, 2, D)
+    config = CONFIG.replace(randlora_dropout=0.5)
+    for features in (D, 7):
+        base = Model(lambda features=features: Attends(features), lambda m, x: m.attend(m(x)))
+        given = base.init(jax.random.key(0), x)
+        model = RandLora(base, config, deterministic=False)
+        adapted = model.adapt(given, x)
+        rngs = {"dropout": jax.random.key(1)}
+        y = model.apply(adapted, x, rngs=rngs)
+        np.testing.assert_array_equal(y, base.apply(given, x))
+        trained = {**adapted, "randlora": randomised(adapted["randlora"])}
+        assert model.apply(trained, x, rngs=rngs).shape == y.shape

@@ -49,6 +49,7 @@ def _check_together(
     """Raises a ValueError if two adapters can't be on the same bases."""
     for field, why in (
         ("projection_prng_key", "it draws the bases, which all adapters share"),
+        ("fan_in_fan_out", "a kernel is read in one way"),
         ("r", "the bases have r rows, and num_bases follows from it"),
         ("sparse", "the bases are either ternary or dense"),
         ("very_sparse", "the bases are either ternary or dense"),

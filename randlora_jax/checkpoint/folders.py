@@ -18,6 +18,7 @@ from randlora_jax.checkpoint.orbax_items import (
     restore,
     standard_save,
 )
+from randlora_jax.checks import check_variables
 from randlora_jax.config import RandLoraConfig
 
 
@@ -87,6 +88,7 @@ def load_adapter(
       ValueError: if it is cut short or altered, of another model, of a newer format, or if its
         seed no longer draws its bases.
     """
+    check_variables(variables, "params")
     folder = resolved(path)
     while True:
         before = atomic.identity(folder)

@@ -15,6 +15,7 @@ import numpy as np
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
+from randlora_jax.checks import check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.stored import sites_of
 from randlora_jax.training import split
@@ -110,7 +111,9 @@ class Manifest:
         if described.get("digest") != _digest(rest):
             raise damaged("its config is not what was saved")
         config = RandLoraConfig.from_dict(described["config"])
-        return cls(config, BasesRecord(**described["bases"]), dict(described["arrays"]))
+        known = {f.name for f in dataclasses.fields(BasesRecord)}  # a newer one may say more
+        bases = {name: value for name, value in described["bases"].items() if name in known}
+        return cls(config, BasesRecord(**bases), dict(described["arrays"]))
 
     def check_shapes(self, shapes: trees.Tree) -> None:
         """Raises BadAdapter where arrays can't be those that were saved: before they are read."""
@@ -144,6 +147,7 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
       ValueError: for `save_projection=False` with bases that the seed does not draw, and for
         scales that don't fit the config or the base.
     """
+    check_variables(variables, "params", "randlora", "randlora_bases")
     trainable, _ = split(variables, config)
     bases = dict(variables["randlora_bases"])
     if bases["randlora_A"].shape[0] != config.r:

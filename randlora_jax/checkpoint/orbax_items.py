@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from randlora_jax import trees
 from randlora_jax.checkpoint.manifest import MARK, BadAdapter, Manifest, attach, damaged, pack
+from randlora_jax.checks import check_variables
 from randlora_jax.config import RandLoraConfig
 
 
@@ -30,7 +31,10 @@ def read_adapter(
     """
     folder, where = resolved(path), where or _everywhere()
     if not is_adapter(folder):
-        raise FileNotFoundError(f"{folder} is no adapter: nothing in it that save_adapter wrote")
+        peft = (folder / "adapter_config.json").exists()
+        hint = "it is one of PEFT's, which rl.peft.load_adapter reads" if peft else ""
+        hint = hint or "nothing in it that save_adapter wrote"
+        raise FileNotFoundError(f"{folder} is no adapter of this library: {hint}")
     try:
         arrays, manifest = _read_arrays(folder, where)
         return {**arrays, "randlora_bases": manifest.bases_among(arrays, where)}, manifest
@@ -71,6 +75,7 @@ class _AdapterHandler(ocp.StandardCheckpointHandler):
         return await super().async_save(directory, args=standard_save(args.variables, args.config))
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        check_variables(args.variables, "params")
         arrays, manifest = read_adapter(directory, _everywhere(args.variables))
         try:
             return attach(arrays, manifest.config, args.variables), manifest.config

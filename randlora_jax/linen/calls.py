@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.core import freeze
 from flax.linen.module import InterceptorContext
 
-_FLAG = "randlora"
 _numbers = itertools.count()
 
 
@@ -27,42 +25,58 @@ class OurCall:
     """
 
     def __init__(self) -> None:
-        self.number: int = next(_numbers)
+        # A flag of its own: a call can be within another one of ours.
+        self.flag: str = f"randlora_{next(_numbers)}"
 
     def marked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The call of a module, which then belongs to it with all its submodules."""
 
         def run(module, *args, **kwargs):
-            self._mark(module)
+            for one in _bound_modules(module, set()):
+                one.scope.flags = freeze({**one.scope.flags, self.flag: True})
             return call(module, *args, **kwargs)
 
         return run
 
-    def _mark(self, module: nn.Module) -> None:
-        assert module.scope is not None
-        module.scope.flags = freeze({**module.scope.flags, _FLAG: self.number})
-        # Submodules that are attributes by now have got their scopes already.
-        for name, value in vars(module).items():
-            for child in jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module)):
-                is_module = isinstance(child, nn.Module) and name != "parent"
-                if is_module and child.scope is not None:
-                    self._mark(child)
+    def has(self, module: nn.Module) -> bool:
+        """Whether a module belongs to it."""
+        return module.scope is not None and self.flag in module.scope.flags
 
     def method(self, context: InterceptorContext) -> str | None:
         """The name of the method that runs, None if it is not one of our modules'."""
-        scope, function = context.module.scope, getattr(context.orig_method, "func", None)
-        if scope is None or scope.flags.get(_FLAG) != self.number:
-            return None
-        cls: Any = type(context.module)
-        return _name_of(cls, function)
+        return method_of(context) if self.has(context.module) else None
+
+
+def method_of(context: InterceptorContext) -> str | None:
+    """How the module's class calls the method that runs; None for other functions, and `setup`.
+
+    Flax runs a function that is lifted with a module, `nn.scan(function)`, as if it were a method.
+    """
+    cls: Any = type(context.module)
+    return _name_of(cls, getattr(context.orig_method, "func", None))
+
+
+def _bound_modules(value: Any, seen: set[int]) -> Iterator[Any]:
+    """A module and those that are its attributes by now, which have their scopes already."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    children: Iterable[Any] = ()
+    if isinstance(value, nn.Module):
+        if value.scope is not None:
+            yield value
+            children = (v for name, v in vars(value).items() if name != "parent")
+    elif isinstance(value, Mapping):
+        children = value.values()
+    elif isinstance(value, (list, tuple)):
+        children = value
+    for child in children:
+        yield from _bound_modules(child, seen)
 
 
 @functools.lru_cache(maxsize=4096)
 def _name_of(cls: Any, function: Callable[..., Any]) -> str | None:
-    """How a class calls its method, whatever decorates it; None for other functions, and `setup`.
-
-    Flax runs a function that is lifted with a module, `nn.scan(function)`, as if it were a method.
-    """
+    """How a class calls its method, whatever decorates it."""
     function = inspect.unwrap(function)
     for base in cls.__mro__:
         for name, value in vars(base).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall, deterministic_of, unbound
 from randlora_jax.registry import (
+    Arguments,
     LayerRule,
     Parameters,
     add_rule,
@@ -27,8 +29,7 @@ from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
 
 
-def _dense_axes(layer, shape, args, kwargs):
-    del shape, args, kwargs
+def _dense_axes(layer: Any) -> tuple[int, ...]:
     if getattr(layer, "batch_dims", ()):
         raise ValueError(
             f"a DenseGeneral with batch_dims={layer.batch_dims} is no map by one kernel: give its "
@@ -38,8 +39,8 @@ def _dense_axes(layer, shape, args, kwargs):
     return tuple(range(1 if isinstance(axis, int) else len(axis)))
 
 
-add_rule(LayerRule(nn.Dense, input_axes=_dense_axes, product="dot_general"))
-add_rule(LayerRule(nn.DenseGeneral, input_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.Dense, layer_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.DenseGeneral, layer_axes=_dense_axes, product="dot_general"))
 add_rule(LayerRule(nn.Einsum, plain=True))
 
 
@@ -59,14 +60,13 @@ def discover(
       ValueError: for targets that match nothing or nothing linear, and for parameters that are not
         those of the base.
     """
-    seen = Discovery(config, parameters)
     call = unbound(base, method)
     _, kwargs = deterministic_of(call, args, kwargs)
     leaves, treedef = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
     arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
 
-    def trace(arrays):
+    def trace(arrays, seen):
         arrays = iter(arrays)
         all_leaves = [next(arrays) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
         args, kwargs = jax.tree.unflatten(treedef, all_leaves)
@@ -77,7 +77,13 @@ def discover(
             run = seen.calls.marked(call)
             return base.init(keys, *args, method=run, mutable=True, **kwargs)["params"]
 
-    traced = dict(trees.items(nn.unbox(jax.eval_shape(trace, arrays))))
+    seen = Discovery(config, parameters)
+    shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
+    if seen.undecided - {path for path, _ in seen.found}:
+        # Kernels that only other methods than the call use: nothing better will tell of them.
+        seen = Discovery(config, parameters, decided=seen.undecided)
+        shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
+    traced = dict(trees.items(nn.unbox(shapes)))
     given = dict(trees.items(variables["params"]))
     targets.check(config, seen.modules, trees.modules_of(given))
     check_parameters(parameters, map(trees.dotted, given))
@@ -95,7 +101,10 @@ def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) ->
         kernel.scale_shapes(config.r),
         strict=True,
     )
-    axes = stack_axes(stored, kernel.shape, *scales)
+    try:
+        axes = stack_axes(stored, kernel.shape, *scales)
+    except ValueError as error:
+        raise ValueError(f"{trees.dotted(module)!r}: {error}") from None
     return Site(module, kernel, Stack(axes, Stack(axes).split(stored)[1]))
 
 
@@ -104,20 +113,26 @@ def adaptable(
     name: str,
     config: RandLoraConfig,
     parameters: Parameters,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    call: Arguments | None,
 ) -> dict[Kernel, str]:
-    """The kernels that a module holds itself, and by which name each is a target."""
+    """The kernels that a module holds itself, and by which name each is a target.
+
+    Args:
+      call: (args, kwargs); None in another method, which may not tell how its layer's call uses
+        the kernel: then that is left out.
+    """
     own = module.variables.get("params", {})
     found: dict[Kernel, str] = {}
     rule = rule_for(type(module))
     if rule is not None and rule.kernel in own:
         value = nn.unbox(own[rule.kernel])
         try:
-            found[rule.describe(module, value, config.fan_in_fan_out, args, kwargs)] = name
+            kernel = rule.describe(module, value, config.fan_in_fan_out, call)
         except ValueError as error:
             if targets.selection(config, name) is not Selection.NO:
                 raise ValueError(f"{name!r}: {error}") from None
+        else:
+            found |= {} if kernel is None else {kernel: name}
     values = {k: nn.unbox(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
     for path, kernel in raw_kernels(name, values, parameters).items():
         found.setdefault(kernel, path)
@@ -129,49 +144,66 @@ class Discovery:
     """Interceptor that adds zero scales beside each target's kernel, and notes what it saw.
 
     Attributes:
+      decided: paths of modules whose other methods decide what their call does not.
       calls: what runs as the model's own.
       modules: by name, each module's class and whether it can be adapted.
       found: the targets' kernels by (module, name).
+      undecided: paths of modules of which a method ran that does not tell of their kernel.
+      running: paths of modules of which a method runs: methods within it decide nothing.
+      mapping: what we are within, of the layers that map parameters.
     """
 
     config: RandLoraConfig
     parameters: Parameters
+    decided: set[trees.Path] = dataclasses.field(default_factory=set)
     calls: OurCall = dataclasses.field(default_factory=OurCall)
     modules: dict[str, tuple[type, bool]] = dataclasses.field(default_factory=dict)
     found: dict[tuple[trees.Path, str], Kernel] = dataclasses.field(default_factory=dict)
-    # What we are within, of the layers that map parameters.
+    undecided: set[trees.Path] = dataclasses.field(default_factory=set)
+    running: list[trees.Path] = dataclasses.field(default_factory=list)
     mapping: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
     ) -> Any:
         """One call of any module's method, as Flax hands it over."""
-        module = context.module
-        if self.calls.method(context) is None:
+        module, method = context.module, self.calls.method(context)
+        if method is None:
             return next_fun(*args, **kwargs)
-        maps = isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
-        self.mapping += [type(module).__name__] * maps
-        y = next_fun(*args, **kwargs)
-        if maps:
-            self.mapping.pop()
-        name = trees.dotted(module.path)
-        kernels = adaptable(module, name, self.config, self.parameters, args, kwargs)
-        self.modules.setdefault(name, (type(module), rule_for(type(module)) is not None))
+        maps = [type(module).__name__] * isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
+        within = module.path in self.running
+        self.mapping += maps
+        self.running.append(module.path)
+        try:
+            y = next_fun(*args, **kwargs)
+        finally:
+            self.running.pop()
+            del self.mapping[len(self.mapping) - len(maps) :]
+        if not within or method == "__call__":
+            self._note(module, (args, kwargs) if method == "__call__" else None)
+        return y
+
+    def _note(self, module: nn.Module, call: Arguments | None) -> None:
+        """Notes a module whose method has run, and adds scales for its targets."""
+        name, rule = trees.dotted(module.path), rule_for(type(module))
+        if call is None and module.path in self.decided:
+            call = (), {}
+        kernels = adaptable(module, name, self.config, self.parameters, call)
+        is_target = targets.selection(self.config, name) is not Selection.NO
+        if rule is not None and call is None and is_target and name not in kernels.values():
+            self.undecided.add(module.path)
+        self.modules.setdefault(name, (type(module), rule is not None))
         for kernel, target in kernels.items():
             self.modules[target] = (type(module), True)
             is_raw = target != name  # asked for by its path already
-            if is_raw or targets.selection(self.config, target) is not Selection.NO:
+            if is_raw or is_target:
                 self._add_scales(module, kernel)
-        return y
 
     def _add_scales(self, module: nn.Module, kernel: Kernel) -> None:
-        # A lifted layer was seen inside already, a shared one at its first call; and one whose
-        # methods use it in several ways has its scales as the first of them does.
-        kernel = self.found.get((module.path, kernel.name), kernel)
         own, scope = module.variables["params"], module.scope
         assert scope is not None  # it is running
         if (kernel.label[0] if kernel.label else LAMBDA) in own:
-            return
+            return  # a lifted layer was seen inside already, a shared one at its first call
         if self.mapping:
             raise ValueError(
                 f"{trees.dotted(module.path)!r} is within a {self.mapping[-1]}, which would "

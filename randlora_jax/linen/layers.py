@@ -14,24 +14,27 @@ from flax.linen.module import InterceptorContext
 from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.linen.calls import OurCall
+from randlora_jax.linen.calls import OurCall, method_of
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import Parameters
-from randlora_jax.sites import SCALES, Kernel, is_scale, parse_label, scale_name
+from randlora_jax.registry import Arguments, Parameters, rule_for
+from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, is_scale, parse_label, scale_name
 from randlora_jax.targets import Selection
+
+Running = set[tuple[trees.Path, str]]  # modules' paths, and kernels that have their update by now
 
 
 @dataclasses.dataclass(eq=False)
-class LayerUpdates:
-    """Interceptor that runs each module that holds scales with the updates added.
+class Interceptor:
+    """Runs each module that holds scales with the updates, whichever of its methods is called.
 
     Attributes:
       adapters: the active ones by name.
       deterministic: whether dropout is off.
       depth: length of the base's own path, where it is within another module.
       calls: what runs as the model's own.
-      running: paths of modules whose method runs, with the updates, already.
+      running: the kernels of modules of which a method runs, with the updates, already; apart for
+        the model's own modules and for those of an `apply` within it.
     """
 
     adapters: Mapping[str, RandLoraConfig]
@@ -41,46 +44,51 @@ class LayerUpdates:
     strategy: Strategy
     depth: int = 0
     calls: OurCall = dataclasses.field(default_factory=OurCall)
-    running: set[trees.Path] = dataclasses.field(default_factory=set)
+    running: dict[bool, Running] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
     ) -> Any:
         """One call of any module's method, as Flax hands it over."""
-        module = context.module
-        method = self.calls.method(context)
-        if method is None or module.path in self.running or not self.adapters:
+        module, method = context.module, method_of(context)
+        own = module.scope is not None and self.calls.has(module)
+        # Of an `apply` within the model, only what it was given from this one's parameters.
+        if method is None or not self.adapters or not (own or _has_scales(module)):
             return next_fun(*args, **kwargs)
-        found = self._updates(module, method, args, kwargs)
+        running = self.running.setdefault(own, set())
+        found = self._updates(module, (args, kwargs) if method == "__call__" else None, own)
+        found = [u for u in found if (module.path, u.kernel.name) not in running]
         if not found:
             return next_fun(*args, **kwargs)
+        taken = {(module.path, update.kernel.name) for update in found}
         function: Any = context.orig_method
         call = LinenCall(
-            module, type(module), method, args, kwargs, function.func, next_fun, self.running
+            module, type(module), method, args, kwargs, function.func, next_fun, running, taken
         )
         return updates.run(call, found, self.bases, self.strategy)
 
-    def _updates(self, module: nn.Module, method: str, args, kwargs) -> list[updates.Update]:
+    def _updates(
+        self, module: nn.Module, call: Arguments | None, own: bool
+    ) -> list[updates.Update]:
         name = trees.dotted(module.path[self.depth :])
         config = next(iter(self.adapters.values()))
-        kernels = adaptable(module, name, config, self.parameters, args, kwargs)
-        own, found = module.variables["params"] if kernels else {}, []
+        params, found = module.variables.get("params", {}), []
+        kernels = adaptable(module, name, config, self.parameters, call)
+        if call is None:
+            kernels |= _scaled_kernel(module, name, params, kernels)
         for kernel, target in kernels.items():
-            if method != "__call__":
-                kernel = _as_scaled(kernel, own)
-            beside = own.get(kernel.label[0], {}) if kernel.label else own
+            beside = params.get(kernel.label[0], {}) if kernel.label else params
             for adapter, config in self.adapters.items():
                 names = [scale_name(scale, adapter) for scale in SCALES]
                 if names[0] in beside:
                     lam, gamma = (nn.unbox(beside[name]) for name in names)
                     if lam.ndim > 2:
                         break  # the outside of a lifted layer, which comes again inside
-                    dropout = self._dropout(module, config)
-                    scales = lam, gamma
+                    scales, dropout = (lam, gamma), self._dropout(module, config)
                     found.append(
                         updates.prepare(target, kernel, config, self.bases, scales, dropout)
                     )
-                elif target == name and targets.selection(config, target) is Selection.YES:
+                elif own and call is not None and target == name and _is_target(config, name):
                     raise ValueError(
                         f"{target!r} is one of target_modules but has no scales in 'randlora': "
                         "they are of another config or another model"
@@ -94,13 +102,40 @@ class LayerUpdates:
         return functools.partial(layer.apply, {}, rngs={"dropout": module.make_rng("dropout")})
 
 
-def _as_scaled(kernel: Kernel, own: Mapping[str, Any]) -> Kernel:
-    """The kernel as its scales have it: other methods than the call may not say how it is used."""
-    for key in own:
-        (*_, name), axes = parse_label((key,))
-        if axes is not None and name == kernel.name:
-            return dataclasses.replace(kernel, input_axes=axes)
-    return kernel
+def _is_target(config: RandLoraConfig, name: str) -> bool:
+    return targets.selection(config, name) is Selection.YES
+
+
+def _has_scales(module: nn.Module) -> bool:
+    own = module.variables.get("params", {}) if module.scope is not None else {}
+    return any(is_scale(key) or LAMBDA in _names(leaf) for key, leaf in own.items())
+
+
+def _names(leaf: Any) -> set[str]:
+    """What is beside a kernel that has a label, less the names of adapters."""
+    return {key.partition(":")[0] for key in leaf} if isinstance(leaf, Mapping) else set()
+
+
+def _scaled_kernel(
+    module: nn.Module, name: str, params: Mapping[str, Any], known: Mapping[Kernel, str]
+) -> dict[Kernel, str]:
+    """A registered layer's kernel as its scales have it, where its other methods don't tell."""
+    rule = rule_for(type(module))
+    if rule is None or rule.kernel not in params or rule.kernel in {k.name for k in known}:
+        return {}
+    value = nn.unbox(params[rule.kernel])
+    for key, leaf in params.items():
+        (*_, labelled), axes = parse_label((key,))
+        if axes is not None and labelled == rule.kernel and LAMBDA in _names(leaf):
+            return {Kernel(value.shape, axes, labelled, value.dtype): name}
+    shapes = {  # of any adapter's, for they agree
+        key.partition(":")[0]: nn.unbox(leaf).shape for key, leaf in params.items() if is_scale(key)
+    }
+    for i in range(1, value.ndim) if shapes and len(shapes[LAMBDA]) == 2 else ():
+        kernel = Kernel(value.shape, tuple(range(i)), rule.kernel, value.dtype)
+        if kernel.scale_shapes(shapes[LAMBDA][0]) == (shapes[LAMBDA], shapes[GAMMA]):
+            return {kernel: name}
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +145,13 @@ class LinenCall(updates.Call):
     Attributes:
       function: the method as it is written.
       next_fun: the same, bound, with what other interceptors make of it.
-      running: paths of modules whose methods run as they are.
+      running, taken: what has its update by now, to which the call adds its kernels.
     """
 
     function: Callable[..., Any]
     next_fun: Callable[..., Any]
-    running: set[trees.Path]
+    running: Running
+    taken: Running
 
     def run(self) -> Any:
         with self._running():
@@ -143,8 +179,8 @@ class LinenCall(updates.Call):
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        self.running.add(self.layer.path)
+        self.running.update(self.taken)
         try:
             yield
         finally:
-            self.running.discard(self.layer.path)
+            self.running.difference_update(self.taken)

@@ -19,11 +19,12 @@ from jax.typing import DTypeLike
 
 from randlora_jax import merging, trees
 from randlora_jax.adapters import named
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
-from randlora_jax.linen.layers import LayerUpdates
+from randlora_jax.linen.layers import Interceptor
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import SCALES, Site, Stack, is_scale, parse_label, scale_name
 from randlora_jax.stored import adapted_layers, scale_pairs
@@ -82,12 +83,18 @@ class RandLora(nn.Module):
 
     def __post_init__(self) -> None:
         base = self.base
+        if not isinstance(base, nn.Module):
+            raise TypeError(
+                f"base must be a Linen module, got a {type(base).__name__}: it comes first, then "
+                "the config; randlora_jax.nnx.inject adapts an NNX model"
+            )
         if isinstance(base, RandLora):
             raise ValueError("base is a RandLora already: name its adapters in one config, {...}")
         # As an attribute of ours it would be adopted: under the name "base", with keys that
         # depend on it. It is bound as Flax binds an outermost module instead.
         object.__setattr__(self, "base", None)
         super().__post_init__()
+        check_config(self.config, several=True)
         named.check(self.config, self.active)
         if self.scope is not None and base.scope is None:
             base = base.clone(parent=self.scope, name=base.name or "base")
@@ -108,10 +115,10 @@ class RandLora(nn.Module):
         call = unbound(self.base, method)
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
-        updates, kwargs = self._updates(call, variables, args, options)
+        interceptor, kwargs = self._interceptor(call, variables, args, options)
         inside = _base_of(variables) | {"params": self._joined(variables)}
-        with nn.intercept_methods(updates):
-            run = updates.calls.marked(call)
+        with nn.intercept_methods(interceptor):
+            run = interceptor.calls.marked(call)
             result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
         if mutable is False or "params" not in result[1]:
             return result
@@ -154,12 +161,12 @@ class RandLora(nn.Module):
             if self._starts_at_zero:
                 return y
             kwargs = {"deterministic": True, **kwargs}
-        updates, kwargs = self._updates(call, self.variables, args, kwargs)
-        updates.depth = len(self.base.path)
+        interceptor, kwargs = self._interceptor(call, self.variables, args, kwargs)
+        interceptor.depth = len(self.base.path)
 
         def adapted(base, *args, **kwargs):
-            with nn.intercept_methods(updates):
-                return updates.calls.marked(call)(base, *args, **kwargs)
+            with nn.intercept_methods(interceptor):
+                return interceptor.calls.marked(call)(base, *args, **kwargs)
 
         join = lambda target: {"params": self._joined(target)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
@@ -191,17 +198,13 @@ class RandLora(nn.Module):
           ValueError: for targets that match nothing or nothing linear, for parameters that are
             not the base's, and for variables that have an adapter already.
         """
+        check_variables(variables, "params")
         variables = unfreeze(dict(variables))
         if "randlora" in variables:
             raise ValueError(
                 "variables has an adapter already, which adapt would set to its start: "
                 "adapt({'params': variables['params']}, x) makes a new one, and "
                 "rl.adapters.insert adds one to it"
-            )
-        if "params" not in variables:
-            raise ValueError(
-                f"variables has the collections {sorted(variables)} and no 'params': adapt takes "
-                "the base's variables, {'params': ...}"
             )
         configs = named.by_name(self.config)
         sites = {
@@ -262,16 +265,13 @@ class RandLora(nn.Module):
         return trees.union(params, trees.build(added))
 
     @nn.nowrap
-    def _updates(self, call, variables, args, kwargs) -> tuple[LayerUpdates, dict[str, Any]]:
+    def _interceptor(self, call, variables, args, kwargs) -> tuple[Interceptor, dict[str, Any]]:
         """What adapts the layers in a call; the base's keywords."""
         active = named.active(self.config, self.active)
         given, kwargs = deterministic_of(call, args, kwargs)
         given = self.deterministic if given is None else given
-        if active and not (variables.get("randlora_bases") and "randlora" in variables):
-            raise ValueError(
-                f"variables has the collections {sorted(variables)}, but an adapted model needs "
-                "'randlora' and 'randlora_bases' too: make them with adapt(variables, x)"
-            )
+        if active:
+            check_variables(variables, "params", "randlora", "randlora_bases")
         rate = max((config.randlora_dropout for config in active.values()), default=0)
         if rate and given is None:
             raise ValueError(
@@ -280,7 +280,7 @@ class RandLora(nn.Module):
             )
         bases = dict(variables.get("randlora_bases", {}))
         off = rate == 0 or bool(given)
-        return LayerUpdates(active, self.parameters, bases, off, self.strategy), kwargs
+        return Interceptor(active, self.parameters, bases, off, self.strategy), kwargs
 
 
 def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,34 +21,38 @@ from randlora_jax.bases import Bases
 from randlora_jax.nnx.discovery import modules_of
 from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, adapters_of, call, scales_of
 
+# Operators that a layer can define to be used by.
+_OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
+
 
 @functools.cache
 def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose methods compute with the updates: one for each class."""
-    return _subclass("RandLora" + cls.__name__, cls, call)
+    return _subclass("RandLora" + cls.__name__, cls, call, private=True)
 
 
 @functools.cache
 def root_class(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose methods lend the bases to the layers."""
+    """The subclass whose public methods lend the bases to the layers."""
 
     def lending(root, method, name, args, kwargs):
         del name
         with lend_bases(root):
             return method(root, *args, **kwargs)
 
-    return _subclass(cls.__name__ + "WithRandLora", cls, lending)
+    return _subclass(cls.__name__ + "WithRandLora", cls, lending, private=False)
 
 
-def _subclass(name, cls, call):
+def _subclass(name, cls, call, private):
     methods = {}
     for base in reversed(cls.__mro__):
         for key, value in () if base in nnx.Module.__mro__ else vars(base).items():
             # A decorated method can be any descriptor: `nnx.jit` makes one of its own.
             method = callable(value) and hasattr(value, "__get__")
+            method = method or isinstance(value, functools.partialmethod)
             method = method and not isinstance(value, (type, staticmethod))
-            special = key.startswith("__") and key != "__call__"
-            if method and not special and key != "set_view":
+            own = key in _OPERATORS if key.startswith("__") else private or key[0] != "_"
+            if method and own and key != "set_view":
                 methods[key] = _wrap(key, value, call)
             else:
                 methods.pop(key, None)
@@ -79,7 +83,7 @@ def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
 
 def adapted_modules(root: nnx.Module) -> dict[trees.Path, Any]:
     """The modules with updates by their paths."""
-    return {path: m for path, m in modules_of(root).items() if "randlora_updates" in vars(m)}
+    return {path: m for path, m in modules_of(root).items() if "randlora_layer" in vars(m)}
 
 
 @contextlib.contextmanager
@@ -125,7 +129,7 @@ _lock = threading.Lock()
 def _lend(module: Any, arrays: Bases) -> None:
     stacked = any(
         scales_of(module, kernel, adapter)[0].ndim > 2
-        for kernel in module.randlora_updates.kernels
+        for kernel in module.randlora_layer.kernels
         for adapter in adapters_of(module, kernel)
     )
     value: Any = ClosedOver(arrays)

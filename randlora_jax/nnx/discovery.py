@@ -25,8 +25,7 @@ from randlora_jax.targets import Selection
 Modules = Mapping[trees.Path, nnx.Module]
 
 
-def _linear_general_axes(layer, shape, args, kwargs):
-    del shape, args, kwargs
+def _linear_general_axes(layer: Any) -> tuple[int, ...]:
     if layer.batch_axis:
         raise ValueError(
             f"a LinearGeneral with batch_axis={dict(layer.batch_axis)} is no map by one kernel: "
@@ -35,23 +34,23 @@ def _linear_general_axes(layer, shape, args, kwargs):
     return tuple(range(len(layer.in_features)))
 
 
-add_rule(
+_RULES = (
     LayerRule(
         nnx.Linear,
         input_axes=(0,),
         product="dot_general",
         kernel_shape=lambda layer: (layer.in_features, layer.out_features),
-    )
-)
-add_rule(
+    ),
     LayerRule(
         nnx.LinearGeneral,
-        input_axes=_linear_general_axes,
+        layer_axes=_linear_general_axes,
         product="dot_general",
         kernel_shape=lambda x: (*x.batch_axis.values(), *x.in_features, *x.out_features),
-    )
+    ),
+    LayerRule(nnx.Einsum, product="einsum_op", kernel_shape=lambda layer: layer.kernel_shape),
 )
-add_rule(LayerRule(nnx.Einsum, product="einsum_op", kernel_shape=lambda layer: layer.kernel_shape))
+for _rule in _RULES:
+    add_rule(_rule)
 
 
 def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
@@ -101,7 +100,8 @@ def _site(
         axes = rule.stack_axes(module, value.shape)
         layer, sizes = Stack(axes).split(value.shape)
         struct = jax.ShapeDtypeStruct(layer, value.dtype)
-        kernel = rule.describe(module, struct, config.fan_in_fan_out)
+        kernel = rule.describe(module, struct, config.fan_in_fan_out, ((), {}))
+        assert kernel is not None  # a call was given, if without arguments
     except ValueError as error:
         raise ValueError(f"{trees.dotted(path)!r}: {error}") from None
     return Site(path, kernel, Stack(axes, sizes))

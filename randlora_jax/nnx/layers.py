@@ -47,8 +47,8 @@ class ClosedOver:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerUpdates:
-    """The static part of an adapted module, its attribute `randlora_updates`.
+class AdaptedLayer:
+    """The static part of an adapted module, its attribute `randlora_layer`.
 
     Attributes:
       kernels: as one layer has them, where the module is a stack.
@@ -87,11 +87,11 @@ def scales_of(module: Any, kernel: Kernel, adapter: str) -> list[RandLoraParam]:
 
 def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
     """Calls an adapted module's own method, of the name, with the active updates."""
-    plan: LayerUpdates = module.randlora_updates
+    adapted: AdaptedLayer = module.randlora_layer
     active = [
         (kernel, adapter, config)
-        for kernel in plan.kernels
-        for adapter, config in plan.adapters
+        for kernel in adapted.kernels
+        for adapter, config in adapted.adapters
         if adapter in adapters_of(module, kernel)
     ]
     if not active:
@@ -107,7 +107,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
     called = NnxCall(module, original_class(module), name, args, kwargs, method)
-    return updates.run(called, found, bases, plan.strategy)
+    return updates.run(called, found, bases, adapted.strategy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class NnxCall(updates.Call):
         return self._on_view(attributes, self.args)
 
     def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
-        kernels = {kernel.name for kernel in self.layer.randlora_updates.kernels}
+        kernels = {kernel.name for kernel in self.layer.randlora_layer.kernels}
         changes: dict[str, Any] = {}
         for name, leaf in vars(self.layer).items():
             base = isinstance(leaf, nnx.Param) and not isinstance(leaf, RandLoraParam)

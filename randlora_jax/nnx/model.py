@@ -18,12 +18,13 @@ from flax import nnx
 
 from randlora_jax import checkpoint, merging, trees
 from randlora_jax.adapters import named
+from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
 from randlora_jax.nnx.classes import adapted_class, adapted_modules, root_class, set_class
 from randlora_jax.nnx.discovery import find, modules_of, variable_of
 from randlora_jax.nnx.layers import (
-    LayerUpdates,
+    AdaptedLayer,
     RandLoraBasis,
     RandLoraParam,
     holder,
@@ -103,6 +104,12 @@ def inject(
       >>> bool((model(x) == y).all()), isinstance(model, nnx.Linear)
       (True, True)
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be an NNX module, got a {type(model).__name__}: it comes first, then the "
+            "config; randlora_jax.linen.RandLora wraps a Linen module"
+        )
+    check_config(config, several=True)
     named.check(config, active)
     modules, configs = modules_of(model), named.by_name(config)
     for path, module in modules.items():
@@ -116,7 +123,7 @@ def inject(
         abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
         scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases, given = values["randlora_bases"], {n: named.scales_of(values, n) for n in configs}
+        bases, given = values["randlora_bases"], {n: _given(values, n) for n in configs}
         scales = {name: dict(trees.items(given[name])) for name in configs}
         for name, one in configs.items():
             stored = {
@@ -136,7 +143,7 @@ def inject(
     adapters = tuple(named.active(config, active).items())
     for path, kernels in _kernels(sites).items():
         layer: Any = modules[path]
-        layer.randlora_updates = LayerUpdates(kernels, adapters, strategy)
+        layer.randlora_layer = AdaptedLayer(kernels, adapters, strategy)
         layer_class: Any = type(layer)
         set_class(layer, adapted_class(layer_class))
     # Every device needs all of the bases, as they are.
@@ -149,6 +156,11 @@ def inject(
     set_class(model, root_class(type(model)))
     set_params(model, {} if values is None else values.get("params", {}))
     return model
+
+
+def _given(values: trees.Tree, adapter: str) -> trees.Tree:
+    """An adapter's scales, none if they are missing: `check_same` names what."""
+    return values["randlora"].get(adapter, {}) if adapter else values["randlora"]
 
 
 def _attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
@@ -203,7 +215,7 @@ def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
     named.check(config, names)
     active = tuple(named.active(config, names).items())
     for module in adapted_modules(model).values():
-        module.randlora_updates = dataclasses.replace(module.randlora_updates, adapters=active)
+        module.randlora_layer = dataclasses.replace(module.randlora_layer, adapters=active)
 
 
 def load_adapter(
@@ -222,6 +234,8 @@ def load_adapter(
     Raises:
       ValueError, FileNotFoundError: as `randlora_jax.load_adapter`; the model is as it was then.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be an NNX module, got a {type(model).__name__}: path first")
     loaded, config = checkpoint.load_adapter(path, base_variables(model))
     if "randlora_config" not in vars(model):
         inject(model, config, values=loaded, **options)
@@ -249,8 +263,8 @@ def merge(model: Model, *, safe: bool = True) -> Model:
     """
     known, active = {}, {}
     for path, module in adapted_modules(model).items():
-        active = dict(module.randlora_updates.adapters)
-        for kernel in module.randlora_updates.kernels:
+        active = dict(module.randlora_layer.adapters)
+        for kernel in module.randlora_layer.kernels:
             site = Site(path, kernel)
             known[site.path] = site
     values, config = variables(model), config_of(model)
@@ -264,7 +278,7 @@ def remove(model: Model) -> Model:
     config_of(model)
     layers = adapted_modules(model).values()
     for module in layers:
-        labels = {label for kernel in module.randlora_updates.kernels for label in kernel.label}
+        labels = {label for kernel in module.randlora_layer.kernels for label in kernel.label}
         for key in labels | ({"deterministic"} if hasattr(module, "randlora_switch") else set()):
             delattr(module, key)
     for module in (*layers, model):

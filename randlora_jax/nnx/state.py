@@ -148,7 +148,7 @@ def _scales(model: nnx.Module) -> Iterator[tuple[trees.Path, nnx.Variable, Stack
     """(path in "randlora", variable, the stack if only some of its layers are adapted)."""
     configs = named.by_name(config_of(model))
     for module, adapted in adapted_modules(model).items():
-        for kernel in adapted.randlora_updates.kernels:
+        for kernel in adapted.randlora_layer.kernels:
             for adapter in adapters_of(adapted, kernel):
                 layers = adapted_layers(configs[adapter], module)
                 size = getattr(adapted, kernel.name).shape[:1]

@@ -72,7 +72,9 @@ def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> ep
             sorted(p.name for p in parent.iterdir() if is_adapter(p)) if parent.exists() else ()
         )
         hint = f", but adapters in it: adapter_name can be one of {list(inside)}" if inside else ""
-        raise FileNotFoundError(f"{folder} is no adapter: it has no {CONFIG}{hint}")
+        if (folder / "_METADATA").exists():
+            hint = ": it looks like one of this library's, which rl.load_adapter reads"
+        raise FileNotFoundError(f"{folder} is no adapter of PEFT's: it has no {CONFIG}{hint}")
     return folder
 
 

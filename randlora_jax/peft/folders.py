@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from randlora_jax import trees
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import config_json, files
 from randlora_jax.peft.exporting import to_peft
@@ -41,6 +41,7 @@ def load_adapter(
       FileNotFoundError: if there is no adapter.
       ValueError: if it is damaged, incomplete, a pickle, of another model or of another method.
     """
+    check_variables(variables, "params")
     folder = files.find(directory, adapter_name)
     adapter = files.read_adapter(folder)
     try:
@@ -93,11 +94,8 @@ def save_adapter(
       >>> jax.tree.all(same)
       True
     """
-    if isinstance(config, Mapping):
-        raise TypeError(
-            f"config names several adapters, {sorted(config)}: save each with its adapter_name, as "
-            "save_adapter(directory, *adapters.select(variables, config, name), ...)"
-        )
+    check_variables(variables, "params", "randlora", "randlora_bases")
+    check_config(config)
     folder = files.folder_of(directory, adapter_name)
     stacks = {site.path: site.stack for site in sites_of(variables, config, guess=True)}
     adapter = to_peft(variables, config, name_map, stacks)
