@@ -12,11 +12,11 @@ import peft
 import pytest
 import smollm2
 import torch
-import transformers
 
 import randlora_jax as rl
 from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
+from tests.parity import smollm2_models
 
 QUESTION = "Who are you?"
 ANSWER = "I am a teapot, short and stout."
@@ -25,7 +25,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return gguf_weights.tokenizer()
+    return smollm2_models.tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,7 @@ def batch(tokenizer):
 @pytest.fixture(scope="module")
 def base():
     """(model, params) of the example."""
-    config, params = gguf_weights.load()
-    return smollm2.Llama(config), params
-
-
-def torch_base():
-    path = gguf_weights.gguf_file()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    return smollm2_models.llama()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def trained(batch, tmp_path_factory):
     torch.manual_seed(0)
     # The default scaling, alpha = 20 r, and layers of two shapes, so that the bases are sliced.
     config = peft.RandLoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(torch_base(), config)
+    model = peft.get_peft_model(smollm2_models.torch_llama(), config)
     tokens, targets = (torch.from_numpy(batch[name]).long() for name in ("tokens", "targets"))
     targets = targets.where(torch.from_numpy(batch["mask"]) > 0, -100)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=4e-3)
@@ -134,7 +126,8 @@ def test_it_trains_on_here_and_serves_through_peft(loaded, tokenizer, batch, tmp
     assert size == pytest.approx(61 * 4 * (32 * 576 + 576 * 18 * 32), rel=0.15)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # and none of transformers' deprecations
-        theirs = peft.PeftModel.from_pretrained(torch_base(), tmp_path / "ours").eval()
+        base = smollm2_models.torch_llama()
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     assert_same_model(theirs, model, variables, tokenizer, batch)
 
     back, config_back = rl_peft.load_adapter(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import smollm2
 import torch
-import transformers
+
+from tests.parity import smollm2_models
 
 PROMPTS = [
     "The capital of France is",
@@ -18,15 +19,10 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def gguf_file():
-    return gguf_weights.gguf_file()
-
-
-@pytest.fixture(scope="module")
 def llama():
     """(model, variables, tokenizer)"""
-    config, params = gguf_weights.load()
-    return smollm2.Llama(config), {"params": params}, gguf_weights.tokenizer()
+    model, params = smollm2_models.llama()
+    return model, {"params": params}, smollm2_models.tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +30,9 @@ def end(llama):
     return llama[2].token_to_id("<|im_end|>")
 
 
-def test_logits_are_those_of_transformers(llama, gguf_file):
+def test_logits_are_those_of_transformers(llama):
     model, variables, tokenizer = llama
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
-    ).eval()
+    theirs = smollm2_models.torch_llama().eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     apply = jax.jit(model.apply)
     for prompt in PROMPTS:
@@ -92,10 +86,10 @@ def test_cached_generation_is_uncached_argmax(llama, end, prompt):
     assert smollm2.generate(model.apply, variables, prompt, count, end) == expected
 
 
-def test_tokens_are_those_of_transformers(llama, gguf_file):
+def test_tokens_are_those_of_transformers(llama):
     # Without numerals: from a GGUF file, transformers does not restore the splitting of digits.
     tokenizer = llama[2]
-    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    theirs = smollm2_models.torch_tokenizer()
     for text in [
         *PROMPTS,
         "Hello world",
@@ -121,8 +115,8 @@ def test_digits_are_tokens_of_their_own(llama, text, ids):
     assert tokenizer.decode(ids) == text
 
 
-def test_chat_prompt_is_the_template_of_the_file(gguf_file):
-    theirs = transformers.AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+def test_chat_prompt_is_the_template_of_the_file():
+    theirs = smollm2_models.torch_tokenizer()
     messages = [{"role": "user", "content": "Who are you?"}]
     expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert gguf_weights.chat_prompt("Who are you?") == expected
