@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from randlora_jax import equations, targets
-from randlora_jax.sites import Kernel, Shape
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.sites import Kernel, Shape, Site
 from randlora_jax.stored import stack_axes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -163,3 +165,12 @@ def check_parameters(parameters: Parameters, paths: Iterable[str]) -> None:
                 f"parameters: {pattern!r} matches no parameter; the nearest are "
                 f"{targets.nearest(pattern, names)}"
             )
+
+
+def check_orientation(sites: Iterable[Site], config: RandLoraConfig) -> None:
+    """Warns of a `fan_in_fan_out` that turns no kernel."""
+    if config.fan_in_fan_out and all(site.kernel.input_axes != (1,) for site in sites):
+        warnings.warn(
+            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
+            stacklevel=4,
+        )

@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from randlora_jax import targets, trees
+from randlora_jax import trees
 from randlora_jax.bases import num_bases
-from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.products import accumulation_dtype
-from randlora_jax.targets import Selection
 
 SCALES = LAMBDA, GAMMA = ("randlora_lambda", "randlora_gamma")
 Shape = tuple[int, ...]
@@ -232,45 +229,3 @@ class Site:
         along = None if any(others) else first
         join = self.stack.join
         return {LAMBDA: join((None, None), stack), GAMMA: join((None, along), stack)}
-
-
-def check_orientation(sites: Iterable[Site], config: RandLoraConfig) -> None:
-    """Warns of a `fan_in_fan_out` that turns no kernel."""
-    if config.fan_in_fan_out and all(site.kernel.input_axes != (1,) for site in sites):
-        warnings.warn(
-            "fan_in_fan_out=True has no effect here: no target stores its kernel (out, in)",
-            stacklevel=4,
-        )
-
-
-def select_layers(sites: Iterable[Site], config: RandLoraConfig) -> list[Site]:
-    """The sites of live models, less the layers of stacks that `layers_to_transform` leaves out.
-
-    Raises:
-      ValueError: for layers that a stack has not, and if nothing is left.
-    """
-    kept = []
-    for site in sites:
-        name = trees.dotted(site.module)
-        if targets.selection(config, name) is not Selection.BY_LAYER:
-            kept.append(site)
-        elif site.stack.axes:  # else in no stack, and without a number: in no layer, as PEFT has it
-            layers, stack = targets.layer_indices(config), site.stack
-            if stack.axes[0] != 0:
-                raise ValueError(
-                    f"layers_to_transform={config.layers_to_transform!r} counts layers along the "
-                    f"first axis, and {name!r} is stacked along another: set it to None, or "
-                    "stack the layers along axis 0 (in Linen, variable_axes={'params': 0})"
-                )
-            if len(stack.axes) > 1 or layers[-1] >= stack.sizes[0]:
-                raise ValueError(
-                    f"layers_to_transform={config.layers_to_transform!r} does not fit the stack "
-                    f"{name!r} of {stack.sizes} layers"
-                )
-            kept.append(dataclasses.replace(site, stack=dataclasses.replace(stack, layers=layers)))
-    if not kept:
-        raise ValueError(
-            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern="
-            f"{config.layers_pattern!r} leaves no layer: no path has a layer number or a stack"
-        )
-    return kept

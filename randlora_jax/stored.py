@@ -8,11 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from randlora_jax import targets, trees
+from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import check_fit
 from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, Shape, Site, Stack, parse_label
-from randlora_jax.targets import Selection
+from randlora_jax.stacks import adapted_layers
 
 
 def sites_of(
@@ -75,12 +75,6 @@ def scale_pairs(scales: trees.Tree) -> Iterator[tuple[trees.Path, tuple[Any, Any
             if (*path, scale) not in leaves:
                 raise ValueError(f"the scales lack {trees.dotted((*path, scale))!r}")
         yield path, (leaves[(*path, LAMBDA)], leaves[(*path, GAMMA)])
-
-
-def adapted_layers(config: RandLoraConfig, module: trees.Path) -> tuple[int, ...] | None:
-    """The layers that scales have rows for, if their kernel is a stack; None if for all."""
-    selection = targets.selection(config, trees.dotted(module))
-    return targets.layer_indices(config) if selection is Selection.BY_LAYER else None
 
 
 def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tuple[int, ...]:

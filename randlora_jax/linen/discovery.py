@@ -20,11 +20,13 @@ from randlora_jax.registry import (
     LayerRule,
     Parameters,
     add_rule,
+    check_orientation,
     check_parameters,
     raw_kernels,
     rule_for,
 )
-from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, check_orientation, select_layers
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack
+from randlora_jax.stacks import select_layers
 from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
 

@@ -25,9 +25,9 @@ from randlora_jax.initial import initial_values
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import Interceptor
+from randlora_jax.linen.scales import beside_kernels, boxed
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.sites import SCALES, Site, Stack, is_scale, parse_label, scale_name
-from randlora_jax.stored import adapted_layers, scale_pairs
+from randlora_jax.sites import Site, is_scale
 
 Method = Callable[..., Any] | str | None
 
@@ -116,7 +116,9 @@ class RandLora(nn.Module):
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
         interceptor, kwargs = self._interceptor(call, variables, args, options)
-        inside = _base_of(variables) | {"params": self._joined(variables)}
+        inside = _base_of(variables) | {
+            "params": beside_kernels(variables, named.active(self.config, self.active))
+        }
         with nn.intercept_methods(interceptor):
             run = interceptor.calls.marked(call)
             result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
@@ -168,7 +170,8 @@ class RandLora(nn.Module):
             with nn.intercept_methods(interceptor):
                 return interceptor.calls.marked(call)(base, *args, **kwargs)
 
-        join = lambda target: {"params": self._joined(target)}
+        active = named.active(self.config, self.active)
+        join = lambda target: {"params": beside_kernels(target, active)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 
@@ -212,8 +215,8 @@ class RandLora(nn.Module):
             for name, one in configs.items()
         }
         scales, bases = initial_values(configs, sites, self.bases_dtype)
-        boxed = {name: _boxed(scales[name], sites[name], variables) for name in configs}
-        return {**variables, "randlora": named.together(boxed), "randlora_bases": bases}
+        by_name = {name: boxed(scales[name], sites[name], variables) for name in configs}
+        return {**variables, "randlora": named.together(by_name), "randlora_bases": bases}
 
     @nn.nowrap
     def merge(
@@ -246,25 +249,6 @@ class RandLora(nn.Module):
         return all(config.init_weights for config in named.by_name(self.config).values())
 
     @nn.nowrap
-    def _joined(self, variables) -> dict[str, Any]:
-        """Parameters with the active adapters' scales beside their kernels.
-
-        There the model's own transforms carry them as they carry the kernels.
-        """
-        params = variables.get("params", {})
-        kernels, added = dict(trees.items(params)), {}
-        for name, config in named.active(self.config, self.active).items():
-            for path, pair in scale_pairs(named.scales_of(variables, name)):
-                where, _ = parse_label(path, kernels)
-                layers = adapted_layers(config, where[:-1])
-                for scale, leaf in zip(SCALES, pair, strict=True):
-                    if layers is not None:
-                        stack = Stack((0,), nn.unbox(kernels[where]).shape[:1], layers)
-                        leaf = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
-                    added[(*path, scale_name(scale, name))] = leaf
-        return trees.union(params, trees.build(added))
-
-    @nn.nowrap
     def _interceptor(self, call, variables, args, kwargs) -> tuple[Interceptor, dict[str, Any]]:
         """What adapts the layers in a call; the base's keywords."""
         active = named.active(self.config, self.active)
@@ -285,15 +269,3 @@ class RandLora(nn.Module):
 
 def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in variables.items() if name not in _ADDED}
-
-
-def _boxed(scales: Mapping[trees.Path, Any], sites: list[Site], variables) -> dict[str, Any]:
-    """A tree of scales, boxed like their kernels: gamma has the axis name of the side it scales."""
-    boxed = dict(scales)
-    for site in sites:
-        box = trees.get(variables["params"], site.kernel_path)
-        if isinstance(box, nn.Partitioned):
-            for scale, names in site.scale_axes(box.names).items():
-                path = (*site.path, scale)
-                boxed[path] = box.replace(value=scales[path], names=names)
-    return trees.build(boxed)

@@ -15,11 +15,13 @@ from randlora_jax.registry import (
     LayerRule,
     Parameters,
     add_rule,
+    check_orientation,
     check_parameters,
     raw_kernels,
     rule_for,
 )
-from randlora_jax.sites import Site, Stack, check_orientation, select_layers
+from randlora_jax.sites import Site, Stack
+from randlora_jax.stacks import select_layers
 from randlora_jax.targets import Selection
 
 Modules = Mapping[trees.Path, nnx.Module]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
@@ -21,13 +21,18 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
+from randlora_jax.nnx.attaching import (
+    attach,
+    attach_dropout,
+    axis_names,
+    given_scales,
+    kernels_by_module,
+)
 from randlora_jax.nnx.classes import adapted_class, adapted_modules, root_class, set_class
 from randlora_jax.nnx.discovery import find, modules_of, variable_of
 from randlora_jax.nnx.layers import (
     AdaptedLayer,
     RandLoraBasis,
-    RandLoraParam,
-    holder,
     original_class,
 )
 from randlora_jax.nnx.state import (
@@ -35,12 +40,11 @@ from randlora_jax.nnx.state import (
     check_same,
     config_of,
     set_params,
-    spread,
     update,
     variables,
 )
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
+from randlora_jax.sites import Site
 from randlora_jax.stored import sites_of
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -123,7 +127,7 @@ def inject(
         abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
         scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases, given = values["randlora_bases"], {n: _given(values, n) for n in configs}
+        bases, given = values["randlora_bases"], {n: given_scales(values, n) for n in configs}
         scales = {name: dict(trees.items(given[name])) for name in configs}
         for name, one in configs.items():
             stored = {
@@ -137,17 +141,17 @@ def inject(
         stream = rngs["dropout"]
     for name, one in configs.items():
         for site in sites[name]:
-            _attach(modules[site.module], site, name, scales[name])
+            attach(modules[site.module], site, name, scales[name])
             if one.randlora_dropout:
-                _attach_dropout(modules[site.module], site.stack, stream)
+                attach_dropout(modules[site.module], site.stack, stream)
     adapters = tuple(named.active(config, active).items())
-    for path, kernels in _kernels(sites).items():
+    for path, kernels in kernels_by_module(sites).items():
         layer: Any = modules[path]
         layer.randlora_layer = AdaptedLayer(kernels, adapters, strategy)
         layer_class: Any = type(layer)
         set_class(layer, adapted_class(layer_class))
     # Every device needs all of the bases, as they are.
-    sharded = any(_axis_names(variable) is not None for variable in variables)
+    sharded = any(axis_names(variable) is not None for variable in variables)
     for key, value in bases.items():
         metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
         setattr(model, key, RandLoraBasis(value, **metadata))
@@ -156,51 +160,6 @@ def inject(
     set_class(model, root_class(type(model)))
     set_params(model, {} if values is None else values.get("params", {}))
     return model
-
-
-def _given(values: trees.Tree, adapter: str) -> trees.Tree:
-    """An adapter's scales, none if they are missing: `check_same` names what."""
-    return values["randlora"].get(adapter, {}) if adapter else values["randlora"]
-
-
-def _attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
-    """Gives a module its scales, stacked as its kernel is."""
-    for label in site.kernel.label:
-        if not hasattr(module, label):
-            setattr(module, label, nnx.Dict())
-    names = _axis_names(getattr(module, site.kernel.name))
-    axes = site.scale_axes(names) if names is not None else {}
-    beside = holder(module, site.kernel)
-    for scale in SCALES:
-        value = spread(site.stack, scales[(*site.path, scale)])
-        metadata: dict[str, Any] = {"out_sharding": axes[scale]} if axes else {}
-        setattr(beside, scale_name(scale, adapter), RandLoraParam(value, **metadata))
-    if site.stack.layers is not None:
-        ones = jnp.ones((len(site.stack.layers), 1, 1))
-        rows = RandLoraBasis(site.stack.spread(ones))
-        setattr(module, scale_name("randlora_rows", adapter), rows)
-
-
-def _attach_dropout(module: Any, stack: Stack, stream: Any) -> None:
-    if hasattr(module, "randlora_rngs"):
-        return
-    if not hasattr(module, "deterministic"):
-        module.deterministic, module.randlora_switch = False, True
-    sizes = stack.join((), stack.sizes)
-    module.randlora_rngs = stream and (stream.split(sizes) if sizes else stream.fork())
-
-
-def _axis_names(variable: nnx.Variable) -> tuple[Any, ...] | None:
-    """The names of a variable's axes, as far as it has any."""
-    return variable.get_metadata().get("out_sharding")
-
-
-def _kernels(sites: Mapping[str, Sequence[Site]]) -> dict[trees.Path, tuple[Kernel, ...]]:
-    """The kernels of each module, whichever adapters have scales for them."""
-    found: dict[trees.Path, dict[Kernel, None]] = {}
-    for site in (site for own in sites.values() for site in own):
-        found.setdefault(site.module, {})[site.kernel] = None
-    return {path: tuple(kernels) for path, kernels in found.items()}
 
 
 def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:

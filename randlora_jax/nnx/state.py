@@ -15,7 +15,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.classes import adapted_modules, bases_of
 from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, adapters_of, scales_of
 from randlora_jax.sites import SCALES, Stack
-from randlora_jax.stored import adapted_layers
+from randlora_jax.stacks import adapted_layers
 
 # The state that `inject` adds to a model's; all other state is as it was.
 ADDED = nnx.Any(RandLoraParam, RandLoraBasis, nnx.PathContains("randlora_rngs"))

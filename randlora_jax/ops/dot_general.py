@@ -25,10 +25,10 @@ from randlora_jax.ops.products import (
     Backward,
     Forward,
     KernelGradient,
-    Spec,
     accumulation_dtype,
     factors,
 )
+from randlora_jax.ops.spec import Spec
 
 Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
 Dropout = Callable[[jax.Array], jax.Array]

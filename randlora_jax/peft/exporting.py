@@ -13,7 +13,8 @@ from randlora_jax.peft import config_json
 from randlora_jax.peft.files import BASES, Adapter
 from randlora_jax.peft.names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
 from randlora_jax.sites import Stack, parse_label
-from randlora_jax.stored import adapted_layers, scale_pairs
+from randlora_jax.stacks import adapted_layers
+from randlora_jax.stored import scale_pairs
 from randlora_jax.training import split
 
 

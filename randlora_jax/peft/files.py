@@ -68,10 +68,9 @@ def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> ep
     folder = atomic.present(folder_of(directory, adapter_name))
     if not is_adapter(folder):
         parent = epath.Path(directory)
-        inside = (
-            sorted(p.name for p in parent.iterdir() if is_adapter(p)) if parent.exists() else ()
-        )
-        hint = f", but adapters in it: adapter_name can be one of {list(inside)}" if inside else ""
+        there = parent.iterdir() if parent.exists() else ()
+        inside = sorted(p.name for p in there if p.name[0] != "." and is_adapter(p))
+        hint = f", but adapters in it: adapter_name can be one of {inside}" if inside else ""
         if (folder / "_METADATA").exists():
             hint = ": it looks like one of this library's, which rl.load_adapter reads"
         raise FileNotFoundError(f"{folder} is no adapter of PEFT's: it has no {CONFIG}{hint}")

@@ -1,0 +1,48 @@
+"""Scales in a Linen model: beside their kernels inside, and in boxes as these are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from randlora_jax import trees
+from randlora_jax.adapters import named
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.sites import SCALES, Site, Stack, parse_label, scale_name
+from randlora_jax.stacks import adapted_layers
+from randlora_jax.stored import scale_pairs
+
+
+def beside_kernels(variables: trees.Tree, active: Mapping[str, RandLoraConfig]) -> dict[str, Any]:
+    """Parameters with the active adapters' scales beside their kernels.
+
+    There the model's own transforms carry them as they carry the kernels.
+    """
+    params = variables.get("params", {})
+    kernels, added = dict(trees.items(params)), {}
+    for name, config in active.items():
+        for path, pair in scale_pairs(named.scales_of(variables, name)):
+            where, _ = parse_label(path, kernels)
+            layers = adapted_layers(config, where[:-1])
+            for scale, leaf in zip(SCALES, pair, strict=True):
+                if layers is not None:
+                    stack = Stack((0,), nn.unbox(kernels[where]).shape[:1], layers)
+                    leaf = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
+                added[(*path, scale_name(scale, name))] = leaf
+    return trees.union(params, trees.build(added))
+
+
+def boxed(
+    scales: Mapping[trees.Path, Any], sites: Iterable[Site], variables: trees.Tree
+) -> dict[str, Any]:
+    """A tree of scales, boxed like their kernels: gamma has the axis name of the side it scales."""
+    leaves = dict(scales)
+    for site in sites:
+        box = trees.get(variables["params"], site.kernel_path)
+        if isinstance(box, nn.Partitioned):
+            for scale, names in site.scale_axes(box.names).items():
+                path = (*site.path, scale)
+                leaves[path] = box.replace(value=scales[path], names=names)
+    return trees.build(leaves)

@@ -1,0 +1,89 @@
+"""The static part of one product, and how its operands and results are divided among devices.
+
+| operand | shape, in the kernel's own axes | |
+|---|---|---|
+| kernel | (in..., out...) | absent where the update alone is wanted |
+| x | (tokens..., in...) | |
+| dy | (tokens..., out...) | in the backward pass |
+| A | (r, small...) | the part of `randlora_A` that the layer reads |
+| V | (large..., m) | the same of `randlora_B`, its columns basis-major |
+| lam | (a, r, n) | of a adapters, whose updates are summed |
+| gamma | (a, n, small...) | |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from randlora_jax.ops.costs import Strategy
+from randlora_jax.ops.partitioning import Division, Factors, Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static part of one call. The kernel is (in..., out...), x is (tokens..., in...)."""
+
+    token_axes: int  # how many of x
+    input_axes: int  # how many of the kernel
+    kernel_shape: tuple[int, ...]
+    plus_kernel: bool
+    precision: Any
+    preferred: Any  # dtype of the result, None for the operands'
+    strategy: Strategy
+
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The kernel's shape on the side of the inputs and on that of the outputs."""
+        return self.kernel_shape[: self.input_axes], self.kernel_shape[self.input_axes :]
+
+    @property
+    def inputs_are_small(self) -> bool:
+        """Whether U, the factor that trains, is the one that x meets first."""
+        ins, outs = self.sides
+        return math.prod(ins) <= math.prod(outs)
+
+    @property
+    def small_large(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The kernel's shape on its small and on its large side."""
+        ins, outs = self.sides
+        return (ins, outs) if self.inputs_are_small else (outs, ins)
+
+    def division(self, backward: bool) -> Division:
+        """How the arrays of a forward or backward pass are divided among devices."""
+        tokens, ins, outs = self._factors
+        small, large = (ins, outs) if self.inputs_are_small else (outs, ins)
+        operands = {
+            "kernel": Part(ins + outs),
+            "x": Part(tokens + ins),
+            "dy": Part(tokens + outs),
+            "A": Part(("r", *small), group="s"),
+            "V": Part((*large, "m"), group="v"),
+            "lam": Part(("a", "r", "n")),
+            "gamma": Part(("a", "n", *small), group="s"),
+        }
+        results = {
+            "y": Part(tokens + outs, sums=ins),
+            "dx": Part(tokens + ins, sums=outs),
+            "d_lam": Part(("a", "r", "n"), sums=tokens + ins + outs),
+            "d_gamma": Part(("a", "n", *small), sums=tokens + large, group="s"),
+        }
+        absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
+        absent |= set() if self.plus_kernel else {"kernel"}
+        present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
+        undivided = ("a", "r", "n", "m")
+        return Division(present(operands), present(results), tokens, undivided)
+
+    @property
+    def kernel_gradient_division(self) -> Division:
+        tokens, ins, outs = self._factors
+        operands = ("x", Part(tokens + ins)), ("dy", Part(tokens + outs))
+        return Division(operands, (("d_kernel", Part(ins + outs, sums=tokens)),), tokens)
+
+    @property
+    def _factors(self) -> tuple[Factors, Factors, Factors]:
+        """Names of the axes of tokens, inputs and outputs, as `Division` wants them."""
+        named = lambda name, count: tuple(f"{name}{axis}" for axis in range(count))
+        ins, outs = self.sides
+        return named("t", self.token_axes), named("i", len(ins)), named("o", len(outs))
