@@ -99,6 +99,7 @@ def inject(
         before anything is changed.
 
     Example:
+      >>> from randlora_jax.nnx import RandLoraParam
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> x = jnp.ones((1, 4))
       >>> y = model(x)
