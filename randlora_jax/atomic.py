@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from etils import epath
+
+Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
@@ -47,13 +49,32 @@ def present(path: epath.Path) -> epath.Path:
     return next(iter(sorted(path.parent.glob(f"{_aside(path)}*"))), path)
 
 
-def identity(path: epath.Path) -> Any:
-    """Differs if another folder took the place of this one."""
+def read(path: epath.Path, reader: Callable[[epath.Path], Found]) -> Found:
+    """What `reader` finds in the folder; once more where another took its place meanwhile.
+
+    So files of two folders are never read together, and a folder that is moved or removed under
+    the reader's hands is no damaged one.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            found = reader(present(path))
+        except (ValueError, FileNotFoundError):
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return found
+
+
+def _identity(path: epath.Path) -> Any:
+    """Differs if another folder took the place of this one, or if this one was put aside."""
+    there = present(path)
     try:
-        found = os.stat(present(path))
+        found = os.stat(there)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return str(there), found.st_ino, found.st_mtime_ns
 
 
 def _aside(path: epath.Path) -> str:

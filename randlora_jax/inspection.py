@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from randlora_jax import atomic, trees
 from randlora_jax import bases as bases_lib
-from randlora_jax import trees
 from randlora_jax.checkpoint import orbax_items
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import files, torch_bases
@@ -49,11 +49,10 @@ def read_folder(path: str, adapter_name: str) -> AdapterFolder:
       FileNotFoundError: if it is neither.
       ValueError: if it is damaged.
     """
-    folder = epath.Path(path)
-    if orbax_items.is_adapter(folder):
-        return _open_ours(folder)
-    folder = files.find(path, adapter_name)
-    adapter = files.read_adapter(folder)
+    ours = epath.Path(path)
+    if orbax_items.is_adapter(atomic.present(ours)):
+        return atomic.read(ours, _open_ours)
+    folder, adapter = files.read_adapter(path, adapter_name)
     config, bases = adapter.config, adapter.bases
     if bases is None:
         return AdapterFolder(PEFT, folder, config, adapter.scales, None, False, None, adapter)

@@ -89,11 +89,4 @@ def load_adapter(
         seed no longer draws its bases.
     """
     check_variables(variables, "params")
-    folder = resolved(path)
-    while True:
-        before = atomic.identity(folder)
-        try:
-            return restore(atomic.present(folder), variables)
-        except (ValueError, FileNotFoundError):
-            if atomic.identity(folder) == before:
-                raise  # else another adapter was saved over this one meanwhile
+    return atomic.read(resolved(path), lambda folder: restore(folder, variables))

@@ -59,13 +59,25 @@ def is_adapter(folder: epath.Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> epath.Path:
-    """The adapter's folder; after a save that was killed between its two moves, what it left.
+def read_adapter(
+    directory: str | os.PathLike[str], adapter_name: str = "default"
+) -> tuple[epath.Path, Adapter]:
+    """Reads and checks an adapter, in whichever of PEFT's layouts; nothing in it is executed.
+
+    Returns:
+      (folder, adapter), the folder that it was read from.
 
     Raises:
-      FileNotFoundError: naming the adapters in sub-folders, if there are.
+      FileNotFoundError: if one of the two files is missing; it names adapters in sub-folders.
+      ValueError: if they are cut short, not of RandLoRA, or don't fit together; or if the weights
+        are a pickle.
     """
-    folder = atomic.present(folder_of(directory, adapter_name))
+    return atomic.read(
+        folder_of(directory, adapter_name), lambda folder: (folder, _read(folder, directory))
+    )
+
+
+def _read(folder: epath.Path, directory: str | os.PathLike[str]) -> Adapter:
     if not is_adapter(folder):
         parent = epath.Path(directory)
         there = parent.iterdir() if parent.exists() else ()
@@ -74,17 +86,6 @@ def find(directory: str | os.PathLike[str], adapter_name: str = "default") -> ep
         if (folder / "_METADATA").exists():
             hint = ": it looks like one of this library's, which rl.load_adapter reads"
         raise FileNotFoundError(f"{folder} is no adapter of PEFT's: it has no {CONFIG}{hint}")
-    return folder
-
-
-def read_adapter(folder: epath.Path) -> Adapter:
-    """Reads and checks an adapter, in whichever of PEFT's layouts; nothing in it is executed.
-
-    Raises:
-      FileNotFoundError: if one of the two files is missing.
-      ValueError: if they are cut short, not of RandLoRA, or don't fit together; or if the weights
-        are a pickle.
-    """
     config = config_json.read_config(folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file():

@@ -42,8 +42,7 @@ def load_adapter(
       ValueError: if it is damaged, incomplete, a pickle, of another model or of another method.
     """
     check_variables(variables, "params")
-    folder = files.find(directory, adapter_name)
-    adapter = files.read_adapter(folder)
+    folder, adapter = files.read_adapter(directory, adapter_name)
     try:
         return onto_base(adapter, variables, name_map)
     except ValueError as error:
@@ -104,5 +103,5 @@ def save_adapter(
 
 def module_names(directory: str | os.PathLike[str], adapter_name: str = "default") -> list[str]:
     """PEFT's names of the modules that an adapter of its has something for."""
-    adapter = files.read_adapter(files.find(directory, adapter_name))
+    _, adapter = files.read_adapter(directory, adapter_name)
     return sorted({*adapter.scales, *(module for module, _ in adapter.others)})
