@@ -82,26 +82,27 @@ def start(its_config, on=None):
         base(on), jax.ShapeDtypeStruct((1, 16), "float32")
     )
     variables = place(everywhere(variables, on), its_config, on)
-    return variables, everywhere(TX.init(rl.split(variables, its_config)[0]), on)
+    return variables, fresh_state(variables, its_config, on)
+
+
+def fresh_state(variables, its_config, on=None):
+    """The optimizer's, before the first step."""
+    return everywhere(TX.init(rl.split(variables, its_config)[0]), on)
 
 
 def restore(manager, its_config, on=None):
     """(step, variables, optimizer's state, losses) of the last checkpoint, else of the start."""
-    variables, opt_state = start(its_config, on)
     step = manager.latest_step()
     if step is None:
-        return 0, variables, opt_state, []
-    args = ocp.args.Composite(
-        adapter=rl.AdapterRestore(base(on)),
-        opt_state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, opt_state)
-        ),
-        losses=ocp.args.JsonRestore(),
-    )
+        return 0, *start(its_config, on), []
+    args = ocp.args.Composite(adapter=rl.AdapterRestore(base(on)), losses=ocp.args.JsonRestore())
     saved = manager.restore(step, args=args)
     variables, saved_config = saved.adapter
     assert saved_config == its_config
-    return step, place(variables, its_config, on), saved.opt_state, saved.losses
+    variables = place(variables, its_config, on)
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh_state(variables, its_config, on))
+    args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(like))
+    return step, variables, manager.restore(step, args=args).opt_state, saved.losses
 
 
 def train(folder, steps, its_config=None, on=None, after=lambda step, variables: None):
