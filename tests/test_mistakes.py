@@ -203,12 +203,13 @@ ADAPTED = ("split", "labels", "merge", "sharding", "summary", "save_adapter", "p
 ON_A_BASE = ("load_adapter", "peft.load_adapter")
 
 
+@pytest.fixture(scope="module")
+def adapted():
+    return linen(TestMixUps.config)
+
+
 class TestMixUps:
     config = rl.RandLoraConfig(**ALL)
-
-    @pytest.fixture(scope="class")
-    def adapted(self):
-        return linen(self.config)
 
     def call(self, name, variables, config, tmp_path):
         function = rl
