@@ -116,13 +116,17 @@ def _several(names: Iterable[str] | str) -> tuple[str, ...]:
 
 
 def check(
-    config: RandLoraConfig, modules: Mapping[str, tuple[type, bool]], others: Iterable[str] = ()
+    config: RandLoraConfig,
+    modules: Mapping[str, tuple[type, bool]],
+    others: Iterable[str] = (),
+    idle: Iterable[str] = (),
 ) -> None:
     """Raises a ValueError for a name that matches nothing, and for a target that is not linear.
 
     Args:
       modules: for each path, the module's type and whether it can be adapted.
       others: paths of modules that have parameters, and were not seen to run.
+      idle: paths of modules that may have none, and need not run: they can only be excluded.
     """
     linear = [name for name, (_, is_linear) in modules.items() if is_linear]
     if config.target_modules is None:
@@ -141,7 +145,8 @@ def check(
                 )
     _check_names(config, "target_modules", modules, linear)
     everything = list(dict.fromkeys([*modules, *others]))
-    for field in ("exclude_modules", "modules_to_save", "layers_pattern"):
+    _check_names(config, "exclude_modules", [*everything, *idle], everything)
+    for field in ("modules_to_save", "layers_pattern"):
         _check_names(config, field, everything, everything)
     if not any(selection(config, n) is not Selection.NO for n in matched if n in linear):
         raise ValueError(

@@ -107,6 +107,29 @@ def test_names_that_mean_something_are_taken(adapt):
     assert set(adapt(config)["randlora"]) == {"layers_0"}
 
 
+class Idle(nn.Module):
+    """Holds layers that it does not run: one by a nested apply, as tied heads are, others not."""
+
+    def setup(self):
+        self.up, self.head = nn.Dense(7), nn.Dense(5, use_bias=False)
+        self.spare = [nn.Dense(2), nn.Dense(3)]
+
+    def __call__(self, x):
+        h, kernel = self.up(x), self.up.variables["params"]["kernel"].T
+        return self.head.apply({"params": {"kernel": kernel}}, h)
+
+
+@pytest.mark.parametrize("names", [["head"], ["spare_1", "head"], r"head|spare_\d"])
+def test_layers_that_do_not_run_can_be_excluded_and_nothing_else(names):
+    base = {"params": {"up": Idle().init(jax.random.key(0), X)["params"]["up"]}}
+    config = rl.RandLoraConfig(**ALL)
+    adapted = RandLora(Idle(), config.replace(exclude_modules=names)).adapt(base, X)
+    assert set(adapted["randlora"]) == {"up"}
+    if isinstance(names, list):
+        with pytest.raises(ValueError, match=r"modules_to_save: .* matches no module"):
+            RandLora(Idle(), config.replace(modules_to_save=names)).adapt(base, X)
+
+
 @FRONT_ENDS
 def test_the_heads_that_peft_names_by_itself_need_not_be_there(adapt):
     names = {"modules_to_save": ["head", "classifier", "score"], "task_type": "SEQ_CLS"}

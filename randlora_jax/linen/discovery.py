@@ -87,7 +87,7 @@ def discover(
         shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
     traced = dict(trees.items(nn.unbox(shapes)))
     given = dict(trees.items(variables["params"]))
-    targets.check(config, seen.modules, trees.modules_of(given))
+    targets.check(config, seen.modules, trees.modules_of(given), seen.submodules)
     check_parameters(parameters, map(trees.dotted, given))
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
     check_orientation(sites, config)
@@ -149,6 +149,7 @@ class Discovery:
       decided: paths of modules whose other methods decide what their call does not.
       calls: what runs as the model's own.
       modules: by name, each module's class and whether it can be adapted.
+      submodules: names of what `setup` made, which need not run: a nested apply runs copies.
       found: the targets' kernels by (module, name).
       undecided: paths of modules of which a method ran that does not tell of their kernel.
       running: paths of modules of which a method runs: methods within it decide nothing.
@@ -160,6 +161,7 @@ class Discovery:
     decided: set[trees.Path] = dataclasses.field(default_factory=set)
     calls: OurCall = dataclasses.field(default_factory=OurCall)
     modules: dict[str, tuple[type, bool]] = dataclasses.field(default_factory=dict)
+    submodules: set[str] = dataclasses.field(default_factory=set)
     found: dict[tuple[trees.Path, str], Kernel] = dataclasses.field(default_factory=dict)
     undecided: set[trees.Path] = dataclasses.field(default_factory=set)
     running: list[trees.Path] = dataclasses.field(default_factory=list)
@@ -195,6 +197,10 @@ class Discovery:
         if rule is not None and call is None and is_target and name not in kernels.values():
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))
+        for value in vars(module).values():
+            for child in value if isinstance(value, tuple) else (value,):
+                if isinstance(child, nn.Module) and child.scope is not None:
+                    self.submodules.add(trees.dotted(child.path))
         for kernel, target in kernels.items():
             self.modules[target] = (type(module), True)
             is_raw = target != name  # asked for by its path already
