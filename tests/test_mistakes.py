@@ -5,75 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
-from randlora_jax.nnx import inject, load_adapter, variables
-from tests.linen_cases import normal, randomised
-
-X = normal(0, 2, 5)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return x + nn.Dense(5, name="down")(nn.tanh(nn.Dense(7, name="up")(x)))
-
-
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.normal(), (5, 5))
-        for i in range(2):
-            x = Block(name=f"layers_{i}")(x)
-        return nn.Dense(3, name="head")(x @ scale)
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs):
-        self.up, self.down = nnx.Linear(5, 7, rngs=rngs), nnx.Linear(7, 5, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class NnxModel(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.scale = nnx.Param(rngs.normal((5, 5)))
-        self.layers_0, self.layers_1 = NnxBlock(rngs), NnxBlock(rngs)
-        self.head = nnx.Linear(5, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(self.layers_1(self.layers_0(x)) @ self.scale[...])
-
-
-def linen(config, change=lambda a: a, **options):
-    """The variables of a Linen model, adapted; `change` is applied to its kernels."""
-    params = Model().init(jax.random.key(0), X)["params"]
-    change_kernels = lambda path, a: change(a) if path[-1].key in ("kernel", "scale") else a
-    params = jax.tree.map_with_path(change_kernels, params)
-    return RandLora(Model(), config, **options).adapt({"params": params}, X)
-
-
-def in_place(config, change=lambda a: a, **options):
-    """The same of an NNX model, which is as it was if it fails."""
-    model = NnxModel()
-    for path, variable in nnx.iter_graph(model):
-        if path and path[-1] in ("kernel", "scale") and isinstance(variable, nnx.Variable):
-            variable.set_value(change(variable.get_value()))
-    before = nnx.graphdef(model), {p: v for p, v in nnx.iter_graph(model)}
-    try:
-        return variables(inject(model, config, **options))
-    except Exception:
-        after = nnx.graphdef(model), {p: v for p, v in nnx.iter_graph(model)}
-        assert before[0] == after[0] and list(before[1]) == list(after[1])
-        raise
-
+from tests.linen_cases import randomised
+from tests.refused_models import ALL, Model, X, in_place, linen
 
 FRONT_ENDS = pytest.mark.parametrize("adapt", [linen, in_place])
-ALL = {"r": 3, "target_modules": "all-linear"}
 
 
 @FRONT_ENDS
@@ -220,97 +158,3 @@ def test_data_axes_are_those_of_the_mesh():
         rl.sharding(adapted, config, mesh, data_axes=["dta"])
     with pytest.raises(TypeError, match="must be a list of names, got 'data'"):
         rl.sharding(adapted, config, mesh, data_axes="data")
-
-
-ADAPTED = ("split", "labels", "merge", "sharding", "summary", "save_adapter", "peft.save_adapter")
-ON_A_BASE = ("load_adapter", "peft.load_adapter")
-
-
-@pytest.fixture(scope="module")
-def adapted():
-    return linen(TestMixUps.config)
-
-
-class TestMixUps:
-    config = rl.RandLoraConfig(**ALL)
-
-    def call(self, name, variables, config, tmp_path):
-        function = rl
-        for part in name.split("."):
-            function = getattr(function, part)
-        if "load_adapter" in name:
-            return function(tmp_path / "adapter", variables)
-        if "save_adapter" in name:
-            return function(tmp_path / "adapter", variables, config)
-        return function(variables, config)
-
-    @pytest.mark.parametrize("name", ADAPTED)
-    @pytest.mark.parametrize(
-        ("mix_up", "message"),
-        [
-            (lambda v, c: ({"params": v["params"]}, c), "no adapter: RandLora"),
-            (lambda v, c: (v["params"], c), r"give \{'params': ...\}"),
-            (lambda v, c: (rl.split(v, c)[0], c), r"rl\.combine\(trainable, frozen\)"),
-            (lambda v, c: (NnxModel(), c), r"randlora_jax\.nnx\.variables\(model\)"),
-            (lambda v, c: (Model(), c), "a Linen module: give the variables"),
-            (lambda v, c: ((v, c), c), "write `variables, config = ...` first"),
-            (lambda v, c: (c, v), "come first, then the config"),
-            (lambda v, c: ({**v, "randlora": {"a": v["randlora"]}}, {"a": c}), "adapters.select"),
-            (lambda v, c: (v, v), "variables: they come first"),
-            (lambda v, c: (v, "all-linear"), "must be a RandLoraConfig, got str: 'all-linear'"),
-            (lambda v, c: (None, c), "must be a dictionary of collections, got NoneType"),
-        ],
-    )
-    def test_of_adapted_variables(self, name, mix_up, message, adapted, tmp_path):
-        if name == "merge" and "adapters.select" in message:
-            return  # it takes several
-        with pytest.raises((TypeError, ValueError), match=message):
-            self.call(name, *mix_up(adapted, self.config), tmp_path)
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize("name", ON_A_BASE)
-    @pytest.mark.parametrize(
-        ("mix_up", "message"),
-        [
-            (lambda v, c: v["params"], r"give \{'params': ...\}"),
-            (lambda v, c: rl.split(v, c)[0], "combine"),
-            (lambda v, c: NnxModel(), r"randlora_jax\.nnx\.variables\(model\)"),
-            (lambda v, c: (v, c), "write `variables, config = ...` first"),
-            (lambda v, c: c, "the variables come first"),
-        ],
-    )
-    def test_of_a_base(self, name, mix_up, message, adapted, tmp_path):
-        with pytest.raises((TypeError, ValueError), match=message):
-            self.call(name, mix_up(adapted, self.config), None, tmp_path)
-
-    @pytest.mark.parametrize(
-        ("use", "message"),
-        [
-            (lambda m, v, c: m.apply(v["params"], X), r"give \{'params': ...\}"),
-            (lambda m, v, c: m.apply({"params": v["params"]}, X), "no adapter: RandLora"),
-            (lambda m, v, c: m.apply((v, c), X), "write `variables, config = ...` first"),
-            (lambda m, v, c: m.apply(rl.split(v, c)[0], X), "combine"),
-            (lambda m, v, c: m.merge(v["params"]), r"give \{'params': ...\}"),
-            (lambda m, v, c: m.adapt(v["params"], X), r"give \{'params': ...\}"),
-            (lambda m, v, c: m.adapt(X, v), "must be a dictionary of collections"),
-            (lambda m, v, c: RandLora(c, Model()), "it comes first, then the config"),
-            (lambda m, v, c: RandLora(NnxModel(), c), "inject adapts an NNX model"),
-            (lambda m, v, c: RandLora(Model(), v), "config must be a RandLoraConfig"),
-            (lambda m, v, c: inject(c, NnxModel()), "it comes first, then the config"),
-            (lambda m, v, c: inject(Model(), c), "RandLora wraps a Linen module"),
-            (lambda m, v, c: inject(NnxModel(), "all-linear"), "config must be a RandLoraConfig"),
-            (lambda m, v, c: load_adapter(NnxModel(), "path"), "path first"),
-        ],
-    )
-    def test_of_the_front_ends(self, use, message, adapted):
-        with pytest.raises((TypeError, ValueError), match=message):
-            use(RandLora(Model(), self.config), adapted, self.config)
-
-    def test_a_folder_of_the_other_library(self, adapted, tmp_path):
-        base = {"params": adapted["params"]}
-        rl.save_adapter(tmp_path / "ours", adapted, self.config)
-        rl.peft.save_adapter(tmp_path / "theirs", adapted, self.config)
-        with pytest.raises(FileNotFoundError, match=r"PEFT's, which rl\.peft\.load_adapter reads"):
-            rl.load_adapter(tmp_path / "theirs", base)
-        with pytest.raises(FileNotFoundError, match=r"library's, which rl\.load_adapter reads"):
-            rl.peft.load_adapter(tmp_path / "ours", base)
