@@ -23,6 +23,16 @@ def num_bases(min_dim: int, r: int) -> int:
     return -(-min_dim // r)
 
 
+def check_rank(config: RandLoraConfig, bases: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a config of another r than the bases, and so the scales, have."""
+    r = bases["randlora_A"].shape[0]
+    if config.r != r:
+        raise ValueError(
+            f"the config has r={config.r}, but the scales and bases were made with r={r}: use the "
+            "config that adapt was called with, or that load_adapter returned"
+        )
+
+
 def shared_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """(max_dim, min_dim) of the bases that serve all layers of the (in, out) `shapes`.
 

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from randlora_jax import trees
+from randlora_jax.bases import check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import check_fit
 from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, Shape, Site, Stack, parse_label
@@ -44,6 +45,8 @@ def sites_of(
             )
         shapes = [tuple(nn.unbox(leaf).shape) for leaf in (params[where], *scales)]
         try:
+            if bases is not None:
+                check_rank(config, bases)
             found = _readings(where, labelled, nn.unbox(params[where]).dtype, shapes, config)
             if known is not None and path in known:
                 features = known[path].kernel.features

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax import equations
-from randlora_jax.bases import Bases
+from randlora_jax.bases import Bases, check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.dot_general import (
@@ -94,13 +94,8 @@ def prepare(
     Raises:
       ValueError: naming the target, where kernel, scales, bases and config don't fit.
     """
-    r = bases["randlora_A"].shape[0]
-    if config.r != r:
-        raise ValueError(
-            f"{target!r}: the config has r={config.r}, but the scales and bases were made with "
-            f"r={r}: build the model with the config that load_adapter returned"
-        )
     try:
+        check_rank(config, bases)
         check_fit(bases, kernel.features, [s.shape for s in scales])
     except ValueError as error:
         raise ValueError(f"{target!r}: {error}") from None

@@ -27,6 +27,11 @@ def base(hidden=16):
     return MLP(hidden).init(jax.random.key(0), jnp.ones((2, 7)))
 
 
+def numbers(leaf):
+    """What every trained array of the same size and shape is."""
+    return jnp.asarray(np.random.default_rng(leaf.size).standard_normal(leaf.shape), leaf.dtype)
+
+
 def make(seed=3, **values):
     """(trained variables, config): every array that trains is random."""
     config = rl.RandLoraConfig(
@@ -34,10 +39,7 @@ def make(seed=3, **values):
     )
     variables = RandLora(MLP(), config).adapt(base(), jax.ShapeDtypeStruct((2, 7), jnp.float32))
     trainable, frozen = rl.split(variables, config)
-    random = lambda leaf: jnp.asarray(
-        np.random.default_rng(leaf.size).standard_normal(leaf.shape), leaf.dtype
-    )
-    return rl.combine(jax.tree.map(random, trainable), frozen), config
+    return rl.combine(jax.tree.map(numbers, trainable), frozen), config
 
 
 @functools.cache

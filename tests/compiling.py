@@ -5,7 +5,8 @@ import functools
 import jax
 
 # Most of the time goes into compiling what runs once, which XLA's older emitters do in half of it.
-# They are gone from jax 0.12. The level of optimisation stays: bits and tolerances depend on it.
+# They are gone from jax 0.12, and 0.11 is not one of the versions that are tested. The level of
+# optimisation stays: bits and tolerances depend on it.
 _OLD = jax.__version_info__[:2] == (0, 10)
 QUICK = {"xla_cpu_parallel_codegen_split_count": 1}
 SHIPPED = {"xla_cpu_parallel_codegen_split_count": 32}

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from randlora_jax import register_layer
+from tests.linen_models import ScanLayer
 
 D = 5
 NORMAL = nn.initializers.normal(1.0)
@@ -39,10 +40,7 @@ class Twice(nn.Dense):
 
     @nn.compact
     def __call__(self, x):
-        y = super().__call__(x)
-        return (
-            y @ self.variables["params"]["kernel"].T if self.has_variable("params", "bias") else y
-        )
+        return super().__call__(x) @ self.variables["params"]["kernel"].T
 
 
 class Attends(nn.Dense):
@@ -108,18 +106,6 @@ class TiedHead(nn.Module):
     def __call__(self, x):
         kernel = self.wte(jnp.arange(11)).T
         return self.head.apply({"params": {"kernel": kernel}}, self.mlp(x))
-
-
-class Scanned(nn.Module):
-    """Layers under a lifted function, which is no method of theirs."""
-
-    @nn.compact
-    def __call__(self, x):
-        def body(layer, carry, _):
-            return layer(carry), None
-
-        lift = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return lift(nn.Dense(D, name="layer"), x, None)[0]
 
 
 class Unbound(nn.Module):
@@ -190,7 +176,7 @@ class Scopes(nn.Module):
 
 
 class Owned(nn.Module):
-    """A module whose attributes go round in a circle, or can't be sorted."""
+    """A module with an attribute that can't be sorted."""
 
     table: Any = None
 
@@ -217,7 +203,7 @@ LINEN = {
         {"layer.embedding": (1,)},
     ),
     "an apply within": (TiedHead(), {}),
-    "a lifted function": (Scanned(), {}),
+    "a lifted function": (ScanLayer(), {}),
     "its own layer, unbound": (Unbound(), {}),
     "a helper before the call": (
         Model(Casts, lambda m, x: m.norm() + m("bd,ndh->bnh", x)),

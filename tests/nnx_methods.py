@@ -80,10 +80,6 @@ class NnxPlain(nnx.Module):
     def helper(x):
         return x
 
-    @classmethod
-    def name(cls):
-        return cls.__name__
-
 
 register_layer(NnxPlain, kernel="w", plain=True)
 

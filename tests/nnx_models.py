@@ -1,5 +1,7 @@
 """Small NNX models, and how an injected one is checked against its base in float64."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,21 @@ def in_float64(make, model, kernels, method, *args, config=CONFIG):
 
 def x(seed=0, *shape):
     return normal(seed, *(shape or (5, D)))
+
+
+@contextlib.contextmanager
+def unchanged_if_it_fails(model):
+    """What raises in here has left an NNX model as it was: structure, classes, objects, arrays."""
+
+    structure = lambda: (nnx.graphdef(model), [path for path, _ in nnx.iter_graph(model)])
+    objects = lambda: [
+        *(node for _, node in nnx.iter_graph(model)),
+        *jax.tree.leaves(nnx.state(model)),
+    ]
+    before, kept, done = structure(), objects(), False
+    try:
+        yield
+        done = True
+    finally:
+        same = lambda: all(a is b for a, b in zip(kept, objects(), strict=True))
+        assert done or (structure() == before and same())

@@ -1,7 +1,5 @@
 """A model in Linen and in NNX, to be adapted or refused: two blocks, a head, a raw parameter."""
 
-import contextlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,14 +8,10 @@ from flax import nnx
 from randlora_jax.linen import RandLora
 from randlora_jax.nnx import inject, variables
 from tests.linen_cases import normal
+from tests.linen_models import Block
+from tests.nnx_models import unchanged_if_it_fails
 
 X = normal(0, 2, 5)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return x + nn.Dense(5, name="down")(nn.tanh(nn.Dense(7, name="up")(x)))
 
 
 class Model(nn.Module):
@@ -67,19 +61,3 @@ def in_place(config, change=lambda a: a, **options):
             variable.set_value(change(variable.get_value()))
     with unchanged_if_it_fails(model):
         return variables(inject(model, config, **options))
-
-
-@contextlib.contextmanager
-def unchanged_if_it_fails(model):
-    """What raises in here has left an NNX model as it was: structure, classes, objects, arrays."""
-
-    def state():
-        objects = [(path, id(node)) for path, node in nnx.iter_graph(model)]
-        return nnx.graphdef(model), objects, [id(a) for a in jax.tree.leaves(nnx.state(model))]
-
-    before, done = state(), False
-    try:
-        yield
-        done = True
-    finally:
-        assert done or state() == before

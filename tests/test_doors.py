@@ -1,6 +1,7 @@
 """What is public: what the doors list, and nothing else by their names."""
 
 import ast
+import importlib.metadata
 import inspect
 import pathlib
 import re
@@ -50,15 +51,16 @@ def test_a_file_imports_from_its_row_of_the_map_and_from_those_above():
     for path in package.rglob("*.py"):
         own = path.relative_to(package).with_suffix("").parts[0]
         for node in ast.walk(ast.parse(path.read_text())) if own in order else ():
+            if isinstance(node, ast.Import):
+                assert not [a for a in node.names if a.name.startswith("randlora_jax")], path
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("randlora_jax"):
+                assert not node.level, path
                 parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
                 assert all(order[part] <= order[own] for part in parts), (path, parts)
 
 
 def test_the_version_is_the_one_that_is_installed():
-    from importlib.metadata import version
-
-    assert rl.__version__ == version("randlora_jax")
+    assert rl.__version__ == importlib.metadata.version("randlora_jax")
 
 
 def test_the_operation_knows_nothing_of_flax():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from randlora_jax import RandLoraConfig, RandLoraDotGeneral, delta_weight
+from tests.compiling import shipped_jit
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "operation.json").read_text())}
@@ -75,13 +76,16 @@ def assert_close(actual, expected, tolerance):
     assert error <= tolerance * np.abs(expected).max()
 
 
-@functools.partial(jax.jit, static_argnames=("scaling", "strategy"))
-def output_and_gradients(x, kernel, A, B, lam, gamma, dy, scaling, strategy):
+def value_and_pullback(x, kernel, A, B, lam, gamma, dy, scaling, strategy):
     def output(x, kernel, lam, gamma):
         return dense(x, kernel, A, B, lam, gamma, scaling, strategy)
 
     y, vjp = jax.vjp(output, x, kernel, lam, gamma)
     return y, vjp(dy)
+
+
+output_and_gradients = jax.jit(value_and_pullback, static_argnames=("scaling", "strategy"))
+as_shipped = shipped_jit(value_and_pullback, static_argnames=("scaling", "strategy"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,7 +113,7 @@ def test_output_and_gradients_are_those_of_peft(name, strategy):
         r=CASES[name]["r"], randlora_alpha=CASES[name]["randlora_alpha"]
     ).scaling
     assert scaling == CASES[name]["scaling"]
-    y, (d_x, _, d_lam, d_gamma) = output_and_gradients(
+    y, (d_x, _, d_lam, d_gamma) = as_shipped(
         load("x"),
         load("weight").T,
         load("A"),

@@ -161,11 +161,7 @@ def test_nn_jit_never_repeats_what_another_adapter_computed(base):
     louder = dataclasses.replace(CONFIG, randlora_alpha=20.0)
     outputs = []
     for model in (RandLora(base, CONFIG), RandLora(base, louder)):
-        try:
-            trained = train(model.adapt({"params": params}, X))
-        except ValueError as error:
-            assert "nn.jit" in str(error)  # to refuse is right too
-            return
+        trained = train(model.adapt({"params": params}, X))
         outputs.append(model.apply(trained, X))
         expected = base.apply({"params": model.merge(trained)}, X)
         assert_close(as_numpy(outputs[-1]), as_numpy(expected), 2e-5)

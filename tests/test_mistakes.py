@@ -8,7 +8,7 @@ import pytest
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
-from tests.linen_cases import randomised
+from tests.linen_cases import assert_same_bits, randomised
 from tests.refused_models import ALL, Model, X, in_place, linen
 
 FRONT_ENDS = pytest.mark.parametrize("adapt", [linen, in_place])
@@ -42,7 +42,8 @@ def test_names_that_mean_something_are_taken(adapt):
         exclude_modules=["layers_1.up"],
         modules_to_save=["head"],
     )
-    assert set(adapt(config)["randlora"]) == {"layers_0"}
+    found = adapt(config)["randlora"]
+    assert {name: set(inside) for name, inside in found.items()} == {"layers_0": {"up", "down"}}
 
 
 class Idle(nn.Module):
@@ -58,20 +59,25 @@ class Idle(nn.Module):
 
 
 @pytest.mark.parametrize("names", [["head"], ["spare_1", "head"], r"head|spare_\d"])
-def test_layers_that_do_not_run_can_be_excluded_and_nothing_else(names):
-    base = {"params": {"up": Idle().init(jax.random.key(0), X)["params"]["up"]}}
+def test_layers_that_do_not_run_can_be_excluded(names):
+    base = Idle().init(jax.random.key(0), X)
     config = rl.RandLoraConfig(**ALL)
     adapted = RandLora(Idle(), config.replace(exclude_modules=names)).adapt(base, X)
     assert set(adapted["randlora"]) == {"up"}
-    if isinstance(names, list):
-        with pytest.raises(ValueError, match=r"modules_to_save: .* matches no module"):
-            RandLora(Idle(), config.replace(modules_to_save=names)).adapt(base, X)
+
+
+@pytest.mark.parametrize("names", [["head"], ["spare_1", "head"]])
+def test_layers_that_do_not_run_and_have_no_parameters_can_not_be_saved_whole(names):
+    base = Idle().init(jax.random.key(0), X)
+    config = rl.RandLoraConfig(**ALL, modules_to_save=names)
+    with pytest.raises(ValueError, match=r"modules_to_save: .* matches no module"):
+        RandLora(Idle(), config).adapt(base, X)
 
 
 @FRONT_ENDS
 def test_the_heads_that_peft_names_by_itself_need_not_be_there(adapt):
     names = {"modules_to_save": ["head", "classifier", "score"], "task_type": "SEQ_CLS"}
-    assert adapt(rl.RandLoraConfig(**ALL | names))
+    assert set(adapt(rl.RandLoraConfig(**ALL | names))["randlora"]) == {"layers_0", "layers_1"}
 
 
 @FRONT_ENDS
@@ -93,10 +99,11 @@ def test_a_kernel_that_is_not_of_floating_point_numbers_is_refused_by_name(adapt
         adapt(config, only, parameters={"scale": (0,)})
 
 
-def test_a_layer_of_whole_numbers_can_be_left_out():
+@FRONT_ENDS
+def test_a_layer_of_whole_numbers_can_be_left_out(adapt):
     config = rl.RandLoraConfig(**ALL | {"exclude_modules": ["head", "up"]})
     only_up = lambda a: a.astype(jnp.int8) if a.shape == (5, 7) else a
-    assert set(in_place(config, only_up)["randlora"]["layers_0"]) == {"down"}
+    assert set(adapt(config, only_up)["randlora"]["layers_0"]) == {"down"}
 
 
 class TestConfigAndScalesAreOneThing:
@@ -112,7 +119,7 @@ class TestConfigAndScalesAreOneThing:
             lambda: rl.save_adapter(tmp_path / "a", adapted, other),
             lambda: rl.summary(adapted, other),
         ):
-            with pytest.raises(ValueError, match=r"r=[23]"):
+            with pytest.raises(ValueError, match=r"config has r=2.*made with r=3"):
                 use()
         assert not list(tmp_path.iterdir())
 
@@ -140,7 +147,7 @@ def test_a_folder_does_not_tell_where_it_was_made(tmp_path):
     inside = [path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()]
     assert inside and not any(str(tmp_path).encode() in text for text in inside)
     loaded, _ = rl.load_adapter(tmp_path / "a", {"params": adapted["params"]})
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, adapted))
+    assert_same_bits(loaded, adapted)
 
 
 def test_an_adapted_model_is_still_a_linen_module():

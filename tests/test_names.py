@@ -9,8 +9,9 @@ from flax import nnx
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
-from randlora_jax.nnx import inject, load_adapter, merge, update, variables
-from tests.linen_cases import normal, randomised
+from randlora_jax.nnx import load_adapter, merge, variables
+from tests import nnx_models
+from tests.linen_cases import assert_same_bits, normal, randomised
 
 X = normal(0, 2, 5)
 CONFIG = rl.RandLoraConfig(r=3, randlora_alpha=2.0, target_modules="all-linear", bias="all")
@@ -38,10 +39,6 @@ class Nnx(nnx.Module):
         return self.head(x)
 
 
-def same(a, b):
-    np.testing.assert_array_equal(a, b)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_linen(name, tmp_path):
     base = Linen(name)
@@ -55,8 +52,7 @@ def test_linen(name, tmp_path):
     rl.save_adapter(tmp_path / "adapter", trained, CONFIG)
     loaded, config = rl.load_adapter(tmp_path / "adapter", given)
     assert config == CONFIG
-    jax.tree.map(same, loaded, trained)
-    assert jax.tree.structure(loaded) == jax.tree.structure(trained)
+    assert_same_bits(loaded, trained)
     trainable, _ = rl.split(trained, CONFIG.replace(bias="randlora_only"))
     assert set(trainable["params"]) == {name, "w[1]"}
     assert name in rl.summary(trained, CONFIG)
@@ -65,11 +61,10 @@ def test_linen(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_nnx(name, tmp_path):
     model, other = Nnx(name), Nnx(name)
-    inject(model, CONFIG)
-    values = variables(model)
-    update(model, {**values, "randlora": randomised(values["randlora"])})
+    nnx_models.trained(model, CONFIG)
+    assert set(variables(model)["randlora"]["layers"]) == {name}
     y = model(X)
     rl.save_adapter(tmp_path / "adapter", variables(model), CONFIG)
     load_adapter(tmp_path / "adapter", other)
-    same(other(X), y)
+    np.testing.assert_array_equal(other(X), y)
     np.testing.assert_allclose(merge(model)(X), y, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,18 @@ from randlora_jax.nnx import (
     update,
     variables,
 )
-from tests.nnx_models import CONFIG, MLP, D, OwnEinsum, Stack, assert_close, randomised, trained, x
+from tests.nnx_models import (
+    CONFIG,
+    MLP,
+    D,
+    OwnEinsum,
+    Stack,
+    assert_close,
+    randomised,
+    trained,
+    unchanged_if_it_fails,
+    x,
+)
 
 
 class LinenBlock(nn.Module):
@@ -123,14 +134,13 @@ def test_a_file_of_another_model_changes_nothing(tmp_path):
     config = CONFIG.replace(target_modules=["up"])
     rl.save_adapter(tmp_path / "a", variables(trained(MLP(1, rngs=nnx.Rngs(0)), config)), config)
     model = MLP(2, rngs=nnx.Rngs(0))
-    graphdef = nnx.graphdef(model)
-    with pytest.raises(ValueError, match=r"'layers.1.up.randlora_gamma'.*another model"):
+    message = r"'layers.1.up.randlora_gamma'.*another model"
+    with pytest.raises(ValueError, match=message), unchanged_if_it_fails(model):
         load_adapter(tmp_path / "a", model)
     with pytest.raises(ValueError, match="does not fit"):
         load_adapter(tmp_path / "a", OwnEinsum("bi,io->bo", (D, 3), rngs=nnx.Rngs(0)))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError), unchanged_if_it_fails(model):
         load_adapter(tmp_path / "b", model)
-    assert nnx.graphdef(model) == graphdef
 
 
 def test_an_equal_path_serves_a_model_with_a_list_whose_indices_are_numbers(tmp_path):

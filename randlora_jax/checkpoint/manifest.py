@@ -150,11 +150,7 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     check_variables(variables, "params", "randlora", "randlora_bases")
     trainable, _ = split(variables, config)
     bases = dict(variables["randlora_bases"])
-    if bases["randlora_A"].shape[0] != config.r:
-        raise ValueError(
-            f"the config has r={config.r}, but the bases were made with "
-            f"r={bases['randlora_A'].shape[0]}: save with the config that adapt was called with"
-        )
+    bases_lib.check_rank(config, bases)
     if variables.get("params"):  # what is written must be readable: so it is asked what load asks
         sites_of(variables, config, guess=True)
     record = BasesRecord.of(bases)

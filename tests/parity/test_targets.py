@@ -7,7 +7,7 @@ import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from randlora_jax import RandLoraConfig
-from randlora_jax.targets import Selection, selection
+from randlora_jax.targets import Selection, peft_matches, selection
 
 NAMES = [
     "q_proj",
@@ -63,7 +63,10 @@ def test_modules_are_matched_as_in_peft(name, targets):
     for saved, excluded, which in itertools.product(SAVED, EXCLUDED, layers):
         values = {"target_modules": targets, "modules_to_save": saved, **which}
         values["exclude_modules"] = excluded
-        assert ours(name, **values) == theirs(name, **values), values
+        expected = theirs(name, **values)
+        assert ours(name, **values) == expected, values
+        if excluded is None:
+            assert peft_matches(RandLoraConfig(**values), name) == expected, values
 
 
 def test_a_whole_name_is_matched_whatever_the_layers_as_in_peft():

@@ -24,9 +24,9 @@ def load(path=None):
 
 
 def fewer_held_out(pairs=dialogues.pairs):
-    """Two batches of them: nothing is learnt in six steps, and each takes as long as a step."""
+    """Two batches, the second padded: nothing is learnt in six steps, and each takes as long."""
     train, held_out = pairs()
-    return train, held_out[:16]
+    return train, held_out[:13]
 
 
 def short(apply, variables, prompt, max_new_tokens, eos, generate=smollm2.generate):

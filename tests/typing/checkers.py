@@ -59,7 +59,7 @@ def _run(command: list[str], folder: pathlib.Path) -> str:
     checker runs; and everything else in this environment, which `--verifytypes` looks for in PATH
     alone.
     """
-    files = [] if "--verifytypes" in command else sorted(path.name for path in folder.glob("*.py"))
+    files = sorted(path.name for path in folder.glob("*.py"))
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", *command, *files],

@@ -46,8 +46,8 @@ def _names(report, line, mark):
     return (report.file, report.line) == ("wrong.py", line) and re.search(word, report.message)
 
 
-def test_every_public_symbol_has_a_known_type(folder):
-    found = checkers.completeness(folder)
+def test_every_public_symbol_has_a_known_type(tmp_path):
+    found = checkers.completeness(tmp_path)
     names = {symbol["name"] for symbol in found["symbols"] if symbol["isExported"]}
     assert {f"randlora_jax.{n}" for n in ("split", "linen.RandLora", "nnx.inject")} <= names
     unknown = [
