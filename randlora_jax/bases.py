@@ -101,6 +101,6 @@ def sign_probability(config: RandLoraConfig, min_dim: int) -> float | None:
     return min(1 / math.sqrt(min_dim), 0.5) if config.very_sparse else None
 
 
-def nbytes(bases: Mapping[str, Any]) -> int:
-    """Bytes that the bases take, in memory and in a checkpoint."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in bases.values())
+def nbytes(arrays: Mapping[Any, Any]) -> int:
+    """Bytes that arrays take, in memory and in a checkpoint."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays.values())

@@ -20,8 +20,8 @@ from randlora_jax import bases as bases_lib
 from randlora_jax import checkpoint
 from randlora_jax.checkpoint import manifest
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.inspection import OURS, PEFT, AdapterFolder, read_folder
-from randlora_jax.peft import NameMap, config_json, files, llama_name_map
+from randlora_jax.inspection import OURS, PEFT, AdapterFolder, drawn_by, read_folder
+from randlora_jax.peft import NameMap, files, llama_name_map
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import from_peft
 from randlora_jax.tables import readable, table_of
@@ -53,7 +53,8 @@ def inspect(adapter: AdapterFolder) -> str:
         where = "in the file" if adapter.stored else "drawn again from the seed"
         held = readable(bases_lib.nbytes(adapter.bases))
         facts.append(("bases", f"{' and '.join(shapes)}, {held}, {where}"))
-        facts.append(("drawn by", adapter.generator or "unknown: not what the seed draws"))
+        drawn = drawn_by(config, adapter.bases) or "unknown: not what the seed draws"
+        facts.append(("drawn by", drawn))
         for name, fingerprint in manifest.fingerprints(adapter.bases).items():
             facts.append((f"fingerprint {name}", fingerprint))
     table = table_of([("layer", "lambda", "gamma", "trains"), *rows], right=(3,))
@@ -70,10 +71,8 @@ def convert(adapter: AdapterFolder, target: str, names: str, overwrite: bool) ->
         variables, config, _ = from_peft(adapter.content, NAMES[names], None)
         checkpoint.save_adapter(target, {"params": {}, **variables}, config, overwrite=overwrite)
         return f"{target}: an adapter of {OURS}"
-    content = {"params": {}, **adapter.content, "randlora_bases": adapter.bases}
-    exported = to_peft(content, adapter.config, NAMES[names])
-    values = config_json.content(exported.config)
-    size = files.write(epath.Path(target), exported, values, overwrite)
+    exported = to_peft({"params": {}, **adapter.content}, adapter.config, NAMES[names])
+    size = files.write(epath.Path(target), exported, overwrite)
     copies = readable(bases_lib.nbytes(exported.bases or {}) * len(exported.scales))
     return f"{target}: an adapter of PEFT, {readable(size)}, {copies} of it copies of the bases"
 
@@ -83,12 +82,11 @@ def verify(adapter: AdapterFolder) -> tuple[int, str]:
     seed = f"projection_prng_key={adapter.config.projection_prng_key}"
     if adapter.bases is None:
         return 1, f"it has no bases to compare with what {seed} draws"
-    if adapter.generator is None:
-        return (
-            1,
-            f"neither jax nor torch >= 2.12 draws its bases from {seed}: keep them in the file",
-        )
-    return 0, f"its bases are those that {seed} draws ({adapter.generator})"
+    generator = drawn_by(adapter.config, adapter.bases)
+    if generator is None:
+        why = f"neither jax nor torch >= 2.12 draws its bases from {seed}: keep them in the file"
+        return 1, why
+    return 0, f"its bases are those that {seed} draws ({generator})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

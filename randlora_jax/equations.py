@@ -56,10 +56,8 @@ def contracted_axes(
       >>> contracted_axes("...D,NDH->...NH", 3, (1,)), contracted_axes("BD,DF->FB", 2, (0,))
       ((2,), None)
     """
-    operands, _, result = equation.replace(" ", "").partition("->")
-    x, kernel = operands.split(",")
-    dots = "".join(chr(0x100 + i) for i in range(ndim - len(x.replace("...", ""))))
-    x, result = x.replace("...", dots), result.replace("...", dots)
+    dots = "".join(chr(0x100 + i) for i in range(ndim - len(_operands(equation)[0])))
+    x, kernel, result = _operands(equation.replace("...", dots))
     inputs = [kernel[i] for i in kernel_inputs]
     tokens = [c for c in x if c not in inputs]
     outputs = [c for i, c in enumerate(kernel) if i not in kernel_inputs]

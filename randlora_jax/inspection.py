@@ -29,7 +29,7 @@ class AdapterFolder:
       scales: (lambda, gamma) by the name of the layer.
       bases: None where there is only a seed, and no base to tell their size.
       stored: whether the bases are in the files.
-      generator: what is known to have drawn the bases; None if nothing is.
+      content: as it was read.
     """
 
     kind: str
@@ -38,7 +38,6 @@ class AdapterFolder:
     scales: dict[str, tuple[Any, Any]]
     bases: dict[str, Any] | None
     stored: bool
-    generator: str | None
     content: Any
 
 
@@ -53,25 +52,21 @@ def read_folder(path: str, adapter_name: str) -> AdapterFolder:
     if orbax_items.is_adapter(atomic.present(ours)):
         return atomic.read(ours, _open_ours)
     folder, adapter = files.read_adapter(path, adapter_name)
-    config, bases = adapter.config, adapter.bases
-    if bases is None:
-        return AdapterFolder(PEFT, folder, config, adapter.scales, None, False, None, adapter)
-    generator, bases = drawn_by(config, bases), compact_bases(bases, config)
-    return AdapterFolder(PEFT, folder, config, adapter.scales, bases, True, generator, adapter)
+    config, stored = adapter.config, adapter.bases is not None
+    bases = compact_bases(adapter.bases, config) if adapter.bases is not None else None
+    return AdapterFolder(PEFT, folder, config, adapter.scales, bases, stored, adapter)
 
 
 def _open_ours(folder: epath.Path) -> AdapterFolder:
     content, manifest = orbax_items.read_adapter(folder)
     config, bases = manifest.config, content["randlora_bases"]
     scales = {trees.dotted(path): pair for path, pair in scale_pairs(content["randlora"])}
-    generator = drawn_by(config, dense_bases({"randlora_bases": bases}))
-    return AdapterFolder(
-        OURS, folder, config, scales, bases, manifest.holds_bases, generator, content
-    )
+    return AdapterFolder(OURS, folder, config, scales, bases, manifest.holds_bases, content)
 
 
-def drawn_by(config: RandLoraConfig, bases: dict[str, np.ndarray]) -> str | None:
-    """Which generator draws exactly these bases, float32, from the config's seed."""
+def drawn_by(config: RandLoraConfig, bases: dict[str, Any]) -> str | None:
+    """Which generator draws exactly these bases from the config's seed; None if none does."""
+    bases = dense_bases({"randlora_bases": bases})
     A, B = (bases[name] for name in files.BASES)
     sizes = B.shape[0], A.shape[2]
     same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in files.BASES)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,11 +13,11 @@ from jax.core import Tracer
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
-from randlora_jax.bases import Bases
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.ops.dot_general import Scales, delta_weight, prepare_scales
-from randlora_jax.sites import Site
+from randlora_jax.ops.dot_general import delta_weight, prepare_scales
+from randlora_jax.ops.products import accumulation_dtype
+from randlora_jax.sites import Kernel, Site, Stack
 from randlora_jax.stored import sites_of
 
 
@@ -49,43 +50,43 @@ def merge_adapters(
 ) -> dict[str, Any]:
     """`merge`, of the active ones of several adapters, where the sites may be known."""
     check_variables(variables, "params", "randlora", "randlora_bases")
-    params = variables["params"]
-    for name, one_config in active.items():
-        one, _ = named.select({**variables, "params": params}, config, name)
-        params = _merge_one(one, one_config, sites_of(one, one_config, known), safe)
-    return params
-
-
-def _merge_one(
-    variables: trees.Tree, config: RandLoraConfig, sites: Iterable[Site], safe: bool
-) -> dict[str, Any]:
     params = dict(trees.items(variables["params"]))
-    for site in sites:
-        boxed = params[site.kernel_path]
-        lam, gamma = site.scales(variables["randlora"])
-        scales = nn.unbox(lam), nn.unbox(gamma)
-        merged = _merged(nn.unbox(boxed), variables["randlora_bases"], scales, site, config.scaling)
+    added: dict[trees.Path, list[Any]] = {}  # a kernel's updates, and their scales
+    for name, one_config in active.items():
+        one, _ = named.select(variables, config, name)
+        for site in sites_of(one, one_config, known):
+            update = site.kernel, site.stack, one_config.scaling
+            scales = nn.unbox(site.scales(one["randlora"]))
+            added.setdefault(site.kernel_path, []).append((update, scales))
+    for path, pairs in added.items():
+        kernel, (updates, scales) = nn.unbox(params[path]), zip(*pairs, strict=True)
+        # An array keeps the sharding it has; a tracer gets its own from the compiler.
+        sharding = None if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
+        merged = _merger(updates, sharding)(kernel, dict(variables["randlora_bases"]), scales)
         if safe and not isinstance(merged, Tracer) and not jnp.isfinite(merged).all():
             raise ValueError(
-                f"merging {trees.dotted(site.module)!r} gives numbers that are not finite: its "
+                f"merging {trees.dotted(path[:-1])!r} gives numbers that are not finite: its "
                 "scales, or the bases, are broken"
             )
-        params[site.kernel_path] = nn.meta.replace_boxed(boxed, merged)
+        params[path] = nn.meta.replace_boxed(params[path], merged)
     return trees.build(params)
 
 
-def _merged(
-    kernel: jax.Array, bases: Bases, scales: Scales, site: Site, scaling: float
-) -> jax.Array:
-    def one_layer(kernel, lam, gamma):
+@functools.lru_cache(maxsize=256)  # layers of one shape share what is compiled
+def _merger(updates: tuple[tuple[Kernel, Stack, float], ...], sharding: Any) -> Any:
+    """A function of a stored kernel, the bases and a pair of scales for each update."""
+
+    def merged(stored, bases, scales):
         A, B = bases["randlora_A"], bases["randlora_B"]
-        lam, gamma = prepare_scales(bases, (lam, gamma), scaling)
-        return site.kernel.plus(kernel, delta_weight(A, B, lam, gamma, *site.kernel.features, 1.0))
+        total = stored.astype(accumulation_dtype(stored.dtype, *(lam.dtype for lam, _ in scales)))
+        for (kernel, stack, scaling), pair in zip(updates, scales, strict=True):
 
-    def all_layers(kernel, lam, gamma):
-        merged = site.stack.over(one_layer)(site.stack.adapted_part(kernel), lam, gamma)
-        return site.stack.put(kernel, merged)
+            def one_layer(value, lam, gamma, kernel: Kernel = kernel, scaling=scaling):
+                lam, gamma = prepare_scales(bases, (lam, gamma), scaling)
+                return kernel.plus(value, delta_weight(A, B, lam, gamma, *kernel.features, 1.0))
 
-    # An array keeps the sharding it has; a tracer gets its own from the compiler.
-    sharding = None if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
-    return jax.jit(all_layers, out_shardings=sharding)(kernel, *scales)
+            changed = stack.over(one_layer)(stack.adapted_part(total), *pair)
+            total = stack.put(total, changed)
+        return total.astype(stored.dtype)
+
+    return jax.jit(merged, out_shardings=sharding)

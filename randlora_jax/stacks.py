@@ -7,14 +7,15 @@ from collections.abc import Iterable
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.sites import Site
+from randlora_jax.sites import Shape, Site, Stack
 from randlora_jax.targets import Selection
 
 
-def adapted_layers(config: RandLoraConfig, module: trees.Path) -> tuple[int, ...] | None:
-    """The layers that scales have rows for, if their kernel is a stack; None if for all."""
-    selection = targets.selection(config, trees.dotted(module))
-    return targets.layer_indices(config) if selection is Selection.BY_LAYER else None
+def part_of_stack(config: RandLoraConfig, module: trees.Path, stored: Shape) -> Stack:
+    """The stack, if the scales of a kernel of that shape have rows for some of its layers alone."""
+    if targets.selection(config, trees.dotted(module)) is not Selection.BY_LAYER:
+        return Stack()
+    return Stack((0,), tuple(stored[:1]), targets.layer_indices(config))
 
 
 def select_layers(sites: Iterable[Site], config: RandLoraConfig) -> list[Site]:

@@ -13,7 +13,7 @@ from randlora_jax.bases import check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import check_fit
 from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, Shape, Site, Stack, parse_label
-from randlora_jax.stacks import adapted_layers
+from randlora_jax.stacks import part_of_stack
 
 
 def sites_of(
@@ -110,7 +110,7 @@ def _readings(
     They differ in (in, out): what reads the same is listed once.
     """
     shape, lam, gamma = shapes
-    layers = adapted_layers(config, where[:-1])
+    layers = part_of_stack(config, where[:-1], shape).layers
     if layers and layers[-1] < shape[0]:
         shape = (len(layers), *shape[1:])
     else:

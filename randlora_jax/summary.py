@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
-import numpy as np
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
@@ -64,10 +63,11 @@ def summary(
         name = trees.dotted(site.path) or "(root)"
         rows.append([name, *map(str, shapes), f"{count:,}", *cost])
     trainable, _ = split(variables, config)
-    trains, train_bytes = _size(trainable)
-    total = trains + _size(variables["params"])[0] - _size(trainable.get("params", {}))[0]
+    trains = _count(trainable)
+    total = trains + _count(variables["params"]) - _count(trainable.get("params", {}))
     held = bases_lib.nbytes(variables["randlora_bases"])
-    saved = train_bytes + held * config.save_projection
+    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(trainable)}
+    saved = bases_lib.nbytes(leaves) + held * config.save_projection
     facts = [
         ("trainable parameters", f"{trains:,} of {total:,} ({100 * trains / total:.2f} %)"),
         ("bases", f"{readable(held)}, one pair for all layers"),
@@ -88,9 +88,5 @@ def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str,
     return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
 
 
-def _size(tree: trees.Tree) -> tuple[int, int]:
-    arrays = [nn.unbox(leaf) for _, leaf in trees.items(tree)]
-    sizes = [math.prod(a.shape) for a in arrays]
-    return sum(sizes), sum(
-        n * np.dtype(a.dtype).itemsize for n, a in zip(sizes, arrays, strict=True)
-    )
+def _count(tree: trees.Tree) -> int:
+    return sum(math.prod(nn.unbox(leaf).shape) for _, leaf in trees.items(tree))

@@ -104,10 +104,9 @@ def prepare(
 
 def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy) -> Any:
     """The call's result, computed with the updates; there is at least one."""
-    kernels = {update.kernel for update in updates}
     rule, kernel = rule_for(call.cls), updates[0].kernel
-    of_rule = rule is not None and len(kernels) == 1 and kernel.name == rule.kernel
-    if rule is not None and of_rule and call.method == "__call__":
+    alone = rule is not None and {u.kernel for u in updates} == {kernel}
+    if rule is not None and alone and kernel.name == rule.kernel and call.method == "__call__":
         _check_equation(call, rule, kernel)
         operation = RandLoraDotGeneral(
             bases, [u.scales for u in updates], [u.dropout for u in updates], strategy
@@ -203,7 +202,7 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
     """Runs a module on kernels with the updates in them, where it can't be told of a product."""
     A, B = bases["randlora_A"], bases["randlora_B"]
     deltas = [delta_weight(A, B, *u.scales, *u.kernel.features, 1.0) for u in updates]
-    dropped = any(u.dropout for u in updates)
+    dropped = [u for u in updates if u.dropout]
     registered = rule_for(call.cls) is not None
     if not dropped or (registered and call.method != "__call__"):  # only a call has the input
         sums: dict[Kernel, jax.Array] = {}
@@ -219,8 +218,8 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
         return call.run_on(add, call.args)
     if not registered:
         raise ValueError(
-            f"randlora_dropout={updates[0].config.randlora_dropout} has no input to act on at the "
-            f"raw parameter {updates[0].target!r}: set it to 0, or deterministic=True"
+            f"randlora_dropout={dropped[0].config.randlora_dropout} has no input to act on at the "
+            f"raw parameter {dropped[0].target!r}: set it to 0, or deterministic=True"
         )
     # A linear layer on W + dW is one on W and one on dW, each with an input of its own.
     y = call.run()

@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 import randlora_jax as rl
@@ -60,6 +61,27 @@ def test_the_updates_of_all_adapters_are_summed():
     for strategy in ("merged", "factored"):
         y = MODEL.clone(strategy=strategy).apply(all_variables(), X)
         assert_close(as_numpy(y), expected, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_sum_of_all_updates_is_rounded_once(dtype):
+    x, configs = X.astype(dtype), {name: CONFIGS["chat"] for name in "abc"}
+    model = RandLora(nn.Dense(7, dtype=dtype, param_dtype=dtype), configs)
+    variables = train(model.init(jax.random.key(0), x))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), variables["params"])
+    expected = model.merge({**variables, "params": wide})["kernel"].astype(dtype)
+    assert_same_bits(model.merge(variables)["kernel"], expected)
+
+
+def test_layers_of_one_shape_share_what_merging_compiles(caplog):
+    base = nn.Sequential([nn.Dense(5, use_bias=False) for _ in range(4)])
+    model = RandLora(base, CONFIGS["chat"].replace(randlora_alpha=7.25))  # as in no other test
+    variables = train(model.init(jax.random.key(0), X))
+    with jax.log_compiles():
+        once, again = model.merge(variables), model.merge(variables)
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+    assert sum("merged" in message for message in compiled) == 1
+    assert_same_bits(again, once)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

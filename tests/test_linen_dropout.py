@@ -136,8 +136,10 @@ def test_layers_of_a_stack_draw_masks_of_their_own():
     assert not np.allclose(y[0], y[1])
 
 
-def test_a_raw_parameter_has_no_input_to_drop_and_says_so():
+@pytest.mark.parametrize("several", [False, True])
+def test_a_raw_parameter_has_no_input_to_drop_and_says_so(several):
     config = RandLoraConfig(r=3, target_modules=["up"], randlora_dropout=RATE)
+    config = {"a": config.replace(randlora_dropout=0.0), "b": config} if several else config
 
     class Raw(nn.Module):
         @nn.compact
@@ -151,7 +153,8 @@ def test_a_raw_parameter_has_no_input_to_drop_and_says_so():
 
     model = RandLora(Holds(), config, parameters={"raw.weight": (0,)})
     variables = model.init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match=r"no input to act on at the raw parameter 'raw.weight'"):
+    message = rf"{RATE} has no input to act on at the raw parameter 'raw.weight'"
+    with pytest.raises(ValueError, match=message):
         model.apply(variables, X, deterministic=False, rngs=RNGS)
 
 

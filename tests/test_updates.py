@@ -47,6 +47,14 @@ def test_a_method_of_the_model_itself():
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
+def test_scales_of_layers_that_the_parameters_lack_are_passed_over():
+    base = Model(Codec, lambda m, x: m.both(x))
+    model = RandLora(base, CONFIG, parameters={"layer.w": (0,)})
+    variables = model.init(jax.random.key(0), X)
+    whole = {**variables, "randlora": {**variables["randlora"], "gone": variables["randlora"]}}
+    np.testing.assert_array_equal(model.apply(whole, X), model.apply(variables, X))
+
+
 @pytest.mark.parametrize("strategy", ["merged", "factored"])
 @pytest.mark.parametrize("name", NNX)
 def test_nnx_applies_what_it_merges(name, strategy):

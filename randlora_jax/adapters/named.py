@@ -10,6 +10,15 @@ from randlora_jax.config import RandLoraConfig
 
 Configs = RandLoraConfig | Mapping[str, RandLoraConfig]
 
+_SHARED = (
+    ("projection_prng_key", "it draws the bases, which all adapters share"),
+    ("fan_in_fan_out", "a kernel is read in one way"),
+    ("r", "the bases have r rows, and num_bases follows from it"),
+    ("sparse", "the bases are either ternary or dense"),
+    ("very_sparse", "the bases are either ternary or dense"),
+    ("save_projection", "the bases are saved for all adapters or for none"),
+)
+
 
 def by_name(config: Configs) -> dict[str, RandLoraConfig]:
     """The adapters' configs by name; a config alone has the name ""."""
@@ -32,35 +41,16 @@ def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
     unknown = [name for name in names or () if name not in configs]
     if unknown:
         raise ValueError(f"active={names!r} names {unknown}, the adapters are {sorted(configs)}")
-    first_name, first = next(iter(configs.items()))
-    for name, one in configs.items():
-        _check_together(first_name, first, name, one)
+    for field, why in _SHARED:
+        values = {name: getattr(one, field) for name, one in configs.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"{field} must be the same for all adapters, not {values}: {why}")
     train_more = [n for n, c in configs.items() if c.bias != "none" or c.modules_to_save]
     if len(configs) > 1 and train_more:
         raise ValueError(
             f"{train_more} train biases or modules_to_save, which adapters of one base would "
             "share: set bias='none' and modules_to_save=None, or keep one adapter"
         )
-
-
-def _check_together(
-    name: str, config: RandLoraConfig, other_name: str, other: RandLoraConfig
-) -> None:
-    """Raises a ValueError if two adapters can't be on the same bases."""
-    for field, why in (
-        ("projection_prng_key", "it draws the bases, which all adapters share"),
-        ("fan_in_fan_out", "a kernel is read in one way"),
-        ("r", "the bases have r rows, and num_bases follows from it"),
-        ("sparse", "the bases are either ternary or dense"),
-        ("very_sparse", "the bases are either ternary or dense"),
-        ("save_projection", "the bases are saved for all adapters or for none"),
-    ):
-        mine, theirs = getattr(config, field), getattr(other, field)
-        if mine != theirs:
-            raise ValueError(
-                f"{field} must be the same for all adapters: {name!r} has {mine!r} and "
-                f"{other_name!r} has {theirs!r}; {why}"
-            )
 
 
 def select(

@@ -12,13 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from randlora_jax import atomic, trees
-from randlora_jax.checkpoint.orbax_items import (
-    is_adapter,
-    resolved,
-    restore,
-    standard_save,
-)
-from randlora_jax.checks import check_variables
+from randlora_jax.checkpoint.orbax_items import is_adapter, resolved, restore, standard_save
 from randlora_jax.config import RandLoraConfig
 
 
@@ -88,5 +82,4 @@ def load_adapter(
       ValueError: if it is cut short or altered, of another model, of a newer format, or if its
         seed no longer draws its bases.
     """
-    check_variables(variables, "params")
     return atomic.read(resolved(path), lambda folder: restore(folder, variables))

@@ -42,10 +42,6 @@ class OurCall:
         """Whether a module belongs to it."""
         return module.scope is not None and self.flag in module.scope.flags
 
-    def method(self, context: InterceptorContext) -> str | None:
-        """The name of the method that runs, None if it is not one of our modules'."""
-        return method_of(context) if self.has(context.module) else None
-
 
 def method_of(context: InterceptorContext) -> str | None:
     """How the module's class calls the method that runs; None for other functions, and `setup`.

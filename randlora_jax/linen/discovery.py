@@ -14,7 +14,7 @@ from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.linen.calls import OurCall, deterministic_of, unbound
+from randlora_jax.linen.calls import OurCall, deterministic_of, method_of, unbound
 from randlora_jax.registry import (
     Arguments,
     LayerRule,
@@ -32,16 +32,15 @@ from randlora_jax.targets import Selection
 
 
 def _dense_axes(layer: Any) -> tuple[int, ...]:
-    if getattr(layer, "batch_dims", ()):
+    if layer.batch_dims:
         raise ValueError(
             f"a DenseGeneral with batch_dims={layer.batch_dims} is no map by one kernel: give its "
             "name to exclude_modules"
         )
-    axis = getattr(layer, "axis", -1)
-    return tuple(range(1 if isinstance(axis, int) else len(axis)))
+    return tuple(range(1 if isinstance(layer.axis, int) else len(layer.axis)))
 
 
-add_rule(LayerRule(nn.Dense, layer_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.Dense, input_axes=(0,), product="dot_general"))
 add_rule(LayerRule(nn.DenseGeneral, layer_axes=_dense_axes, product="dot_general"))
 add_rule(LayerRule(nn.Einsum, plain=True))
 
@@ -152,8 +151,7 @@ class Discovery:
       submodules: names of what `setup` made, which need not run: a nested apply runs copies.
       found: the targets' kernels by (module, name).
       undecided: paths of modules of which a method ran that does not tell of their kernel.
-      running: paths of modules of which a method runs: methods within it decide nothing.
-      mapping: what we are within, of the layers that map parameters.
+      running: modules of which a method runs: other methods of theirs within it decide nothing.
     """
 
     config: RandLoraConfig
@@ -164,25 +162,21 @@ class Discovery:
     submodules: set[str] = dataclasses.field(default_factory=set)
     found: dict[tuple[trees.Path, str], Kernel] = dataclasses.field(default_factory=dict)
     undecided: set[trees.Path] = dataclasses.field(default_factory=set)
-    running: list[trees.Path] = dataclasses.field(default_factory=list)
-    mapping: list[str] = dataclasses.field(default_factory=list)
+    running: list[nn.Module] = dataclasses.field(default_factory=list)
 
     def __call__(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
     ) -> Any:
         """One call of any module's method, as Flax hands it over."""
-        module, method = context.module, self.calls.method(context)
-        if method is None:
+        module, method = context.module, method_of(context)
+        if method is None or not self.calls.has(module):
             return next_fun(*args, **kwargs)
-        maps = [type(module).__name__] * isinstance(module, (nn.WeightNorm, nn.SpectralNorm))
-        within = module.path in self.running
-        self.mapping += maps
-        self.running.append(module.path)
+        within = any(outer.path == module.path for outer in self.running)
+        self.running.append(module)
         try:
             y = next_fun(*args, **kwargs)
         finally:
             self.running.pop()
-            del self.mapping[len(self.mapping) - len(maps) :]
         if not within or method == "__call__":
             self._note(module, (args, kwargs) if method == "__call__" else None)
         return y
@@ -212,11 +206,12 @@ class Discovery:
         assert scope is not None  # it is running
         if (kernel.label[0] if kernel.label else LAMBDA) in own:
             return  # a lifted layer was seen inside already, a shared one at its first call
-        if self.mapping:
-            raise ValueError(
-                f"{trees.dotted(module.path)!r} is within a {self.mapping[-1]}, which would "
-                "change its scales too: give its name to exclude_modules"
-            )
+        for outer in self.running:
+            if isinstance(outer, (nn.WeightNorm, nn.SpectralNorm)):  # they map parameters
+                raise ValueError(
+                    f"{trees.dotted(module.path)!r} is within a {type(outer).__name__}, which "
+                    "would change its scales too: give its name to exclude_modules"
+                )
         self.found[module.path, kernel.name] = kernel
         # Their place says how they are stacked: with the kernel, by whatever lifts its layer.
         zeros = {

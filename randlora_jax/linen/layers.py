@@ -51,7 +51,7 @@ class Interceptor:
     ) -> Any:
         """One call of any module's method, as Flax hands it over."""
         module, method = context.module, method_of(context)
-        own = module.scope is not None and self.calls.has(module)
+        own = self.calls.has(module)
         # Of an `apply` within the model, only what it was given from this one's parameters.
         if method is None or not self.adapters or not (own or _has_scales(module)):
             return next_fun(*args, **kwargs)

@@ -116,9 +116,7 @@ class RandLora(nn.Module):
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
         interceptor, kwargs = self._interceptor(call, variables, args, options)
-        inside = _base_of(variables) | {
-            "params": beside_kernels(variables, named.active(self.config, self.active))
-        }
+        inside = _base_of(variables) | {"params": beside_kernels(variables, interceptor.adapters)}
         with nn.intercept_methods(interceptor):
             run = interceptor.calls.marked(call)
             result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
@@ -170,8 +168,7 @@ class RandLora(nn.Module):
             with nn.intercept_methods(interceptor):
                 return interceptor.calls.marked(call)(base, *args, **kwargs)
 
-        active = named.active(self.config, self.active)
-        join = lambda target: {"params": beside_kernels(target, active)}
+        join = lambda target: {"params": beside_kernels(target, interceptor.adapters)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 

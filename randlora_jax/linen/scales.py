@@ -11,7 +11,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import SCALES, Site, Stack, parse_label, scale_name
-from randlora_jax.stacks import adapted_layers
+from randlora_jax.stacks import part_of_stack
 from randlora_jax.stored import scale_pairs
 
 
@@ -25,12 +25,12 @@ def beside_kernels(variables: trees.Tree, active: Mapping[str, RandLoraConfig]) 
     for name, config in active.items():
         for path, pair in scale_pairs(named.scales_of(variables, name)):
             where, _ = parse_label(path, kernels)
-            layers = adapted_layers(config, where[:-1])
+            stack = Stack()
+            if where in kernels:  # a method of a part of the model does with a part of the base
+                stack = part_of_stack(config, where[:-1], nn.unbox(kernels[where]).shape)
             for scale, leaf in zip(SCALES, pair, strict=True):
-                if layers is not None:
-                    stack = Stack((0,), nn.unbox(kernels[where]).shape[:1], layers)
-                    leaf = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
-                added[(*path, scale_name(scale, name))] = leaf
+                spread = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
+                added[(*path, scale_name(scale, name))] = spread
     return trees.union(params, trees.build(added))
 
 

@@ -14,11 +14,6 @@ from randlora_jax.nnx.state import spread
 from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
 
 
-def given_scales(values: trees.Tree, adapter: str) -> trees.Tree:
-    """An adapter's scales, none if they are missing: `check_same` names what."""
-    return values["randlora"].get(adapter, {}) if adapter else values["randlora"]
-
-
 def attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
     """Gives a module its scales, stacked as its kernel is."""
     for label in site.kernel.label:

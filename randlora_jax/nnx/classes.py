@@ -19,7 +19,7 @@ from flax import nnx
 from randlora_jax import trees
 from randlora_jax.bases import Bases
 from randlora_jax.nnx.discovery import modules_of
-from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, adapters_of, call, scales_of
+from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, call
 
 # Operators that a layer can define to be used by.
 _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
@@ -127,11 +127,8 @@ _lock = threading.Lock()
 
 
 def _lend(module: Any, arrays: Bases) -> None:
-    stacked = any(
-        scales_of(module, kernel, adapter)[0].ndim > 2
-        for kernel in module.randlora_layer.kernels
-        for adapter in adapters_of(module, kernel)
-    )
+    kernels = module.randlora_layer.kernels
+    stacked = any(getattr(module, kernel.name).ndim > len(kernel.shape) for kernel in kernels)
     value: Any = ClosedOver(arrays)
     if not stacked:
         # Variables of its own, on the same arrays: two layers can't share one in tree mode.

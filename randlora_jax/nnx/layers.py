@@ -73,10 +73,9 @@ def holder(module: Any, kernel: Kernel) -> Any:
     return getattr(module, kernel.label[0]) if kernel.label else module
 
 
-def adapters_of(module: Any, kernel: Kernel) -> list[str]:
-    """The names of the adapters that have scales for a kernel."""
-    names = (key for key in vars(holder(module, kernel)) if key.partition(":")[0] == LAMBDA)
-    return [name.partition(":")[2] for name in names]
+def has_scales(module: Any, kernel: Kernel, adapter: str) -> bool:
+    """Whether the adapter has scales for a kernel."""
+    return scale_name(LAMBDA, adapter) in vars(holder(module, kernel))
 
 
 def scales_of(module: Any, kernel: Kernel, adapter: str) -> list[RandLoraParam]:
@@ -92,7 +91,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         (kernel, adapter, config)
         for kernel in adapted.kernels
         for adapter, config in adapted.adapters
-        if adapter in adapters_of(module, kernel)
+        if has_scales(module, kernel, adapter)
     ]
     if not active:
         return method(module, *args, **kwargs)

@@ -7,6 +7,7 @@ at the root of the model.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -21,20 +22,10 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
-from randlora_jax.nnx.attaching import (
-    attach,
-    attach_dropout,
-    axis_names,
-    given_scales,
-    kernels_by_module,
-)
+from randlora_jax.nnx.attaching import attach, attach_dropout, axis_names, kernels_by_module
 from randlora_jax.nnx.classes import adapted_class, adapted_modules, root_class, set_class
 from randlora_jax.nnx.discovery import find, modules_of, variable_of
-from randlora_jax.nnx.layers import (
-    AdaptedLayer,
-    RandLoraBasis,
-    original_class,
-)
+from randlora_jax.nnx.layers import AdaptedLayer, RandLoraBasis, original_class
 from randlora_jax.nnx.state import (
     base_variables,
     check_same,
@@ -128,15 +119,14 @@ def inject(
         abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
         scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases, given = values["randlora_bases"], {n: given_scales(values, n) for n in configs}
-        scales = {name: dict(trees.items(given[name])) for name in configs}
+        bases, scales = values["randlora_bases"], {}
         for name, one in configs.items():
-            stored = {
-                path: s for site in sites[name] for path, s in site.stored_scales(one.r).items()
-            }
-            check_same(given[name], trees.build(stored))
-            together = {"randlora": given[name], "randlora_bases": bases, **base_variables(model)}
+            given = values["randlora"].get(name, {}) if name else values["randlora"]
+            stored = (site.stored_scales(one.r) for site in sites[name])
+            check_same(given, trees.build(dict(collections.ChainMap(*stored))))
+            together = {"randlora": given, "randlora_bases": bases, **base_variables(model)}
             sites_of(together, one, guess=True)
+            scales[name] = dict(trees.items(given))
     stream: Any = None
     if rngs is not None and any(one.randlora_dropout for one in configs.values()):
         stream = rngs["dropout"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,9 +13,9 @@ from randlora_jax import training, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.classes import adapted_modules, bases_of
-from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, adapters_of, scales_of
+from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, has_scales, scales_of
 from randlora_jax.sites import SCALES, Stack
-from randlora_jax.stacks import adapted_layers
+from randlora_jax.stacks import part_of_stack
 
 # The state that `inject` adds to a model's; all other state is as it was.
 ADDED = nnx.Any(RandLoraParam, RandLoraBasis, nnx.PathContains("randlora_rngs"))
@@ -54,13 +54,12 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
     Raises:
       ValueError: if paths or shapes are others, before anything is changed.
     """
-    now = variables(model)
+    now, params = variables(model), values.get("params", {})
+    given = dict(trees.items(params))
     for collection in ("randlora", "randlora_bases"):
         check_same(values[collection], now[collection])
-    params = dict(trees.items(values.get("params", {})))
-    known = dict(trees.items(now["params"]))
-    check_same(trees.build(params), trees.build({k: v for k, v in known.items() if k in params}))
-    set_params(model, values.get("params", {}))
+    check_same(params, trees.filtered(now["params"], lambda path, _: path in given))
+    set_params(model, params)
     for path, variable, stack in _scales(model):
         variable.set_value(spread(stack, trees.get(values["randlora"], path)))
     for key, value in values["randlora_bases"].items():
@@ -79,11 +78,11 @@ def trainable(model: nnx.Module) -> nnx.filterlib.Filter:
       >>> sorted(path[-1] for path, _ in nnx.to_flat_state(nnx.state(model, trainable(model))))
       ['bias', 'randlora_gamma', 'randlora_lambda']
     """
-    config = config_of(model)
-    if isinstance(config, Mapping) and len(config) > 1:
+    values, configs = variables(model), named.by_name(config_of(model))
+    if len(configs) > 1:
         return RandLoraParam  # several adapters train nothing else
-    name, config = next(iter(named.by_name(config).items()))
-    one, _ = named.select(variables(model), {name: config} if name else config, name)
+    ((name, config),) = configs.items()
+    one = {**values, "randlora": named.scales_of(values, name)}
     labels = dict(trees.items(training.labels(one, config)["params"]))
     paths = frozenset(path for path, label in labels.items() if label != training.FROZEN)
     return nnx.Any(RandLoraParam, _Paths(paths)) if paths else RandLoraParam
@@ -149,10 +148,9 @@ def _scales(model: nnx.Module) -> Iterator[tuple[trees.Path, nnx.Variable, Stack
     configs = named.by_name(config_of(model))
     for module, adapted in adapted_modules(model).items():
         for kernel in adapted.randlora_layer.kernels:
-            for adapter in adapters_of(adapted, kernel):
-                layers = adapted_layers(configs[adapter], module)
-                size = getattr(adapted, kernel.name).shape[:1]
-                stack = Stack() if layers is None else Stack((0,), size, layers)
+            for adapter in (name for name in configs if has_scales(adapted, kernel, name)):
+                stored = getattr(adapted, kernel.name).shape
+                stack = part_of_stack(configs[adapter], module, stored)
                 variables = scales_of(adapted, kernel, adapter)
                 for scale, variable in zip(SCALES, variables, strict=True):
                     name = (adapter,) if adapter else ()

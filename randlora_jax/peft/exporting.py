@@ -13,7 +13,7 @@ from randlora_jax.peft import config_json
 from randlora_jax.peft.files import BASES, Adapter
 from randlora_jax.peft.names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
 from randlora_jax.sites import Stack, parse_label
-from randlora_jax.stacks import adapted_layers
+from randlora_jax.stacks import part_of_stack
 from randlora_jax.stored import scale_pairs
 from randlora_jax.training import split
 
@@ -52,7 +52,7 @@ def to_peft(
         layers: tuple[int | None, ...] = (None,)
         if axes:
             arrays = [np.moveaxis(array, axes[0], 0) for array in arrays]
-            layers = adapted_layers(config, module) or tuple(range(arrays[0].shape[0]))
+            layers = part_of_stack(config, module, ()).layers or tuple(range(len(arrays[0])))
         for i, layer in enumerate(layers):
             name = _name(name_of, path, layer, shapes)
             lam, gamma = (_as_float(array[i] if axes else array) for array in arrays)
@@ -96,10 +96,11 @@ def _others(variables, config, name_of, adapted):
     trained = dict(trees.items(split(variables, config)[0].get("params", {})))
     for path, leaf in trained.items():
         value, module = np.asarray(nn.unbox(leaf)), path[:-1]
+        whole = targets.is_saved_whole(config, trees.dotted(module))
         rows: tuple[int | None, ...] = (None,)
         if name_of(module, None) is None and value.ndim:
             rows = tuple(range(value.shape[0]))
-            if config.bias == "randlora_only" and not _saved_whole(config, module):
+            if config.bias == "randlora_only" and not whole:
                 rows = adapted[module]
         bias = trained.get((*module, "bias"))
         outputs = None if bias is None else nn.unbox(bias).ndim - (rows != (None,))
@@ -109,7 +110,3 @@ def _others(variables, config, name_of, adapted):
             part = to_torch(part, path, outputs, config.fan_in_fan_out)
             found[name, leaf_of(path)] = part
     return found
-
-
-def _saved_whole(config, path) -> bool:
-    return targets.is_saved_whole(config, trees.dotted(path))

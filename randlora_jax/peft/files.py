@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import warnings
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -197,7 +196,7 @@ def _as_float(key, file) -> np.ndarray:
     return array if kind in ("F32", "F64") else array.astype(np.float32)
 
 
-def write(folder: epath.Path, adapter: Adapter, values: dict[str, Any], overwrite: bool) -> int:
+def write(folder: epath.Path, adapter: Adapter, overwrite: bool) -> int:
     """Writes an adapter beside its place and moves it there when it is complete: bytes written.
 
     Raises:
@@ -218,6 +217,7 @@ def write(folder: epath.Path, adapter: Adapter, values: dict[str, Any], overwrit
         with atomic.written_beside(folder) as new:
             new.mkdir(parents=True)
             save_file(_tensors(adapter), new / WEIGHTS, {"format": "pt"})
+            values = config_json.content(adapter.config)
             (new / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True))
             size = os.path.getsize(new / WEIGHTS)
             if there and not mine:  # adapters in sub-folders, or a README

@@ -8,7 +8,7 @@ from typing import Any
 from randlora_jax import trees
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.peft import config_json, files
+from randlora_jax.peft import files
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import onto_base
 from randlora_jax.peft.names import Names
@@ -97,8 +97,7 @@ def save_adapter(
     check_config(config)
     folder = files.folder_of(directory, adapter_name)
     stacks = {site.path: site.stack for site in sites_of(variables, config, guess=True)}
-    adapter = to_peft(variables, config, name_map, stacks)
-    return files.write(folder, adapter, config_json.content(adapter.config), overwrite)
+    return files.write(folder, to_peft(variables, config, name_map, stacks), overwrite)
 
 
 def module_names(directory: str | os.PathLike[str], adapter_name: str = "default") -> list[str]:

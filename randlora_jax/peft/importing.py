@@ -70,7 +70,7 @@ def _scales(
     kernels: dict[trees.Path, trees.Path] = {}
     for name in adapter.scales:
         path, index = place_of(name_map, name)
-        path, kernels[path], _ = kernel_at(path, shapes or ())
+        path, kernels[path] = kernel_at(path, shapes or ())
         other = named.setdefault(path, {}).setdefault(index, name)
         if other != name or (len(named[path]) > 1 and None in named[path]):
             names = sorted({*named[path].values(), name})
@@ -162,7 +162,7 @@ def _with_others(
     saved = set()
     for (module, leaf), value in adapter.others.items():
         path, index = place_of(name_map, module)
-        at, kernel, _ = kernel_at(path, shapes)
+        at, kernel = kernel_at(path, shapes)
         path = kernel[:-1]
         if leaf == "weight" and at != path:
             raise ValueError(

@@ -105,7 +105,7 @@ def inverse(name_map: Names) -> NameOf | None:
         names: dict[Place, str] = {}
         for name in name_map:
             path, index = place_of(name_map, name)
-            scales, where, _ = kernel_at(path)
+            scales, where = kernel_at(path)
             for key in {path, scales, where[:-1]}:
                 if names.setdefault((key, index), name) != name and key in (path, scales):
                     other = names[key, index]
@@ -116,12 +116,12 @@ def inverse(name_map: Names) -> NameOf | None:
 
 def kernel_at(
     path: trees.Path, params: Container[trees.Path] = ()
-) -> tuple[trees.Path, trees.Path, tuple[int, ...] | None]:
-    """(path of the scales, path of the kernel, its input axes if the path says them)."""
+) -> tuple[trees.Path, trees.Path]:
+    """(path of the scales, path of the kernel)."""
     where, axes = parse_label(path, params)
     if axes and where[-1] == "kernel" and axes == tuple(range(len(axes))):
-        return where[:-1], where, axes  # such scales sit beside their kernel, without a label
-    return path, where, axes
+        return where[:-1], where  # such scales sit beside their kernel, without a label
+    return path, where
 
 
 def leaf_at(module: trees.Path, leaf: str, shapes: Shapes) -> trees.Path:
