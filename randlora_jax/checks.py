@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,31 @@ def check_config(config: Any, *, several: bool = False) -> None:
             "rl.adapters.select(variables, config, name)"
         )
     raise TypeError(f"config must be a RandLoraConfig, got {_mix_up(config)}")
+
+
+# What a loaded adapter does not depend on, or PEFT alone reads.
+_OF_NO_WEIGHT = (
+    *("save_projection", "init_weights", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "peft_version"),
+)
+
+
+def check_same_config(saved: RandLoraConfig, wanted: RandLoraConfig) -> None:
+    """Raises a ValueError for a saved config by which a model would compute or train otherwise.
+
+    The message has the fields that differ; it follows the adapter's name.
+    """
+    differ = []
+    for field in dataclasses.fields(RandLoraConfig):
+        pair = [getattr(config, field.name) for config in (saved, wanted)]
+        sets = [set(value) if isinstance(value, tuple) else value for value in pair]
+        if field.name not in _OF_NO_WEIGHT and sets[0] != sets[1]:
+            differ.append(f"{field.name} is {pair[0]!r} there and {pair[1]!r} in the model")
+    if differ:
+        raise ValueError(
+            f"has another config than the model: {'; '.join(differ)}. Build the model with the "
+            "config that load_adapter returns, as RandLora(base_model, config)"
+        )
 
 
 def _mix_up(value: Any) -> str:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,15 @@ from randlora_jax.peft.importing import from_peft
 from randlora_jax.tables import readable, table_of
 
 NAMES: dict[str, NameMap | None] = {"same": None, "llama": llama_name_map}
+
+# What messages tell a user of Python to write, and what it is in a shell.
+_IN_A_SHELL = {
+    "overwrite=True": "--overwrite",
+    "adapter_name=": "--adapter ",
+    "adapter_name": "--adapter",
+    "name_map": "--names",
+    "jax_enable_x64": "JAX_ENABLE_X64=1",
+}
 
 
 def inspect(adapter: AdapterFolder) -> str:
@@ -113,16 +123,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda text, *_, **__: print(f"note: {text}", file=sys.stderr)
-        text: str | Exception
+        complain = lambda text, *_, **__: print(in_a_shell(str(text)), file=sys.stderr)
+        warnings.showwarning = lambda text, *_, **__: complain(f"note: {text}")
         try:
             code, text = run(args)
         except (FileNotFoundError, FileExistsError) as error:
-            code, text = 2, error
+            complain(error)
+            return 2
         except (ValueError, OSError) as error:
-            code, text = 1, error
-    print(text, file=sys.stderr if isinstance(text, Exception) else sys.stdout)
+            complain(error)
+            return 1
+    print(text)
     return code
+
+
+def in_a_shell(message: str) -> str:
+    """A message with flags in place of the arguments that Python has for them."""
+    words = "|".join(_IN_A_SHELL)  # a longer one comes before its beginning
+    # Not as a part of a path or of a quoted name.
+    pattern = rf"(?<![\w'\"./\\-])({words})(?![\w./\\-])"
+    return re.sub(pattern, lambda word: _IN_A_SHELL[word[0]], message)
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:

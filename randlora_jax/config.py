@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import operator
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -113,15 +115,13 @@ class RandLoraConfig:
     def __post_init__(self) -> None:
         for name in ("r", "projection_prng_key"):
             value = getattr(self, name)
-            if not _is_integer(value):
+            if not is_integer(value):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             object.__setattr__(self, name, int(value))
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}")
         for name in ("randlora_alpha", "randlora_dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         for name in ("save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -146,8 +146,11 @@ class RandLoraConfig:
                     "indices of the layers to adapt"
                 )
             return
-        layers: tuple[Any, ...] = tuple(given) if isinstance(given, Collection) else (given,)
-        if not layers or not all(_is_integer(i) and i >= 0 for i in layers):
+        # A scalar of NumPy's or JAX's can look like a collection.
+        several = isinstance(given, Collection) and getattr(given, "shape", None) != ()
+        values: Any = given
+        layers: tuple[Any, ...] = tuple(values) if several else (values,)
+        if not layers or not all(is_integer(i) and i >= 0 for i in layers):
             raise ValueError(
                 f"layers_to_transform must be indices of layers, 0 or more, got {given!r}"
             )
@@ -158,7 +161,6 @@ class RandLoraConfig:
                 "target_modules as a list"
             )
         indices = tuple(int(i) for i in layers)
-        several = isinstance(given, Collection)
         object.__setattr__(self, "layers_to_transform", indices if several else indices[0])
 
     @property
@@ -210,8 +212,24 @@ class RandLoraConfig:
         return RandLoraConfig(**(values | changes))
 
 
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's or JAX's; True and False are none."""
+    try:
+        operator.index(value)  # any array has an `__index__`, and most raise in it
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def _number(field: str, value: Any) -> float:
+    """Checks a number; one of NumPy's or JAX's becomes Python's, which JSON can hold."""
+    number = value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        with contextlib.suppress(TypeError):  # a traced one has no value yet
+            number = value.item()
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{field} must be a number, got {value!r}")
+    return number
 
 
 def _names(field: str, value: Any) -> tuple[str, ...] | str | None:

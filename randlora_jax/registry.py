@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from randlora_jax import equations, targets
-from randlora_jax.config import RandLoraConfig
+from randlora_jax.config import RandLoraConfig, is_integer
 from randlora_jax.sites import Kernel, Shape, Site
 from randlora_jax.stored import stack_axes
 
@@ -91,7 +91,11 @@ _RULES: dict[type, LayerRule] = {}
 
 
 def register_layer(
-    layer: type, kernel: str = "kernel", input_axes: InputAxes | None = None, *, plain: bool = False
+    layer: type,
+    kernel: str = "kernel",
+    input_axes: InputAxes | Sequence[int] | int | None = None,
+    *,
+    plain: bool = False,
 ) -> None:
     """Teaches the library a class of layers that has one kernel: `y = einsum(x, kernel)`.
 
@@ -101,16 +105,17 @@ def register_layer(
     Args:
       layer: a Linen or NNX module class.
       kernel: the name of the parameter.
-      input_axes: which of its axes meet the input's; or a function of (layer, kernel's shape,
-        args, kwargs) of a call. By default they are read off the einsum equation that the call
-        is given, or the layer has as an attribute; without one, the kernel is (in, out), or
-        (out, in) under `fan_in_fan_out`.
+      input_axes: which of its axes meet the input's, 0 or (0, 1); or a function of (layer,
+        kernel's shape, args, kwargs) of a call. By default they are read off the einsum equation
+        that the call is given, or the layer has as an attribute; without one, the kernel is
+        (in, out), or (out, in) under `fan_in_fan_out`.
       plain: promise of a layer with an equation that it returns the product and at most a bias
         added to it: then few tokens cost what they cost a Dense layer. Of other layers the kernel
         is changed, so they can do what they like.
 
     Raises:
-      TypeError: if `layer` is no class.
+      TypeError: if `layer` is no class, or `kernel` no name.
+      ValueError: for `input_axes` that are no axes, counted from 0.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -123,12 +128,41 @@ def register_layer(
     """
     if not isinstance(layer, type):
         raise TypeError(f"layer must be a class, got {layer!r}")
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be the parameter's name, as in kernel='w', got {kernel!r}")
+    if input_axes is not None and not callable(input_axes):
+        input_axes = _axes("input_axes must", input_axes)
     add_rule(LayerRule(layer, kernel, input_axes, plain=plain))
 
 
 def add_rule(rule: LayerRule) -> None:
     """Registers a class with all that a rule can say of it."""
     _RULES[rule.layer] = rule
+
+
+def _axes(subject: str, given: Any) -> tuple[int, ...]:
+    """Checks a kernel's input axes; the subject begins the message."""
+    axes: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
+    known = bool(axes) and all(is_integer(axis) and axis >= 0 for axis in axes)
+    if not known or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"{subject} be axes of the kernel, counted from 0, each of them once, as in (0,), got "
+            f"{given!r}"
+        )
+    return tuple(int(axis) for axis in axes)
+
+
+_NO_LINEAR_LAYERS: set[type] = set()
+
+
+def add_no_linear_layers(*classes: type) -> None:
+    """Classes whose parameters of several axes are no kernels of linear layers, as of tables."""
+    _NO_LINEAR_LAYERS.update(classes)
+
+
+def is_no_linear_layer(cls: type) -> bool:
+    """Whether the class, or one that it derives from, is known to be none."""
+    return any(base in _NO_LINEAR_LAYERS for base in cls.__mro__)
 
 
 def rule_for(cls: type) -> LayerRule | None:
@@ -149,11 +183,35 @@ def raw_kernels(
         path = f"{module}.{label}" if module else label
         for pattern, axes in parameters.items():
             if targets.names_module((pattern,), path):
+                inputs = _axes(f"parameters: the axes of {path!r} must", axes)
+                if max(inputs) >= len(value.shape) or len(inputs) == len(value.shape):
+                    raise ValueError(
+                        f"parameters: {path!r} of shape {tuple(value.shape)} can't have the input "
+                        f"axes {inputs}: some of its axes are inputs, and the others outputs"
+                    )
                 try:
-                    found[path] = Kernel(tuple(value.shape), tuple(axes), label, value.dtype)
+                    found[path] = Kernel(tuple(value.shape), inputs, label, value.dtype)
                 except ValueError as error:
                     raise ValueError(f"{path!r}: {error}") from None
     return found
+
+
+def check_has_kernel(
+    rule: LayerRule, name: str, own: Iterable[str], config: RandLoraConfig
+) -> None:
+    """Raises a ValueError for a layer that is named, and holds no parameter of its class's kernel.
+
+    One that "all-linear" means is left out, and told of.
+    """
+    others = sorted(set(own))
+    if rule.kernel not in others and not config.all_linear:
+        raise ValueError(
+            f"{name!r} has no parameter {rule.kernel!r}, the kernel of its class, but {others}: "
+            f"adapt one of these by its path, as in parameters={{'{name}.{others[0]}': (0,)}}"
+            if others
+            else f"{name!r} has no parameter {rule.kernel!r}, the kernel of its class: give its "
+            "name to exclude_modules"
+        )
 
 
 def check_parameters(parameters: Parameters, paths: Iterable[str]) -> None:

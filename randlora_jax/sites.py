@@ -22,6 +22,7 @@ from randlora_jax.bases import num_bases
 from randlora_jax.ops.products import accumulation_dtype
 
 SCALES = LAMBDA, GAMMA = ("randlora_lambda", "randlora_gamma")
+NUMBER = "randlora_number"  # beside the scales in a stack, where a layer must know which it is
 Shape = tuple[int, ...]
 
 
@@ -31,8 +32,8 @@ def scale_name(scale: str, adapter: str) -> str:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a layer's parameter of this name is a scale, of whichever adapter."""
-    return name.partition(":")[0] in SCALES
+    """Whether a layer's parameter of this name is a scale, of whichever adapter, or `NUMBER`."""
+    return name.partition(":")[0] in (*SCALES, NUMBER)
 
 
 @dataclasses.dataclass(frozen=True)

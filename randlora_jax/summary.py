@@ -10,6 +10,7 @@ from randlora_jax import bases as bases_lib
 from randlora_jax import trees
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.left_out import described, left_out
 from randlora_jax.ops.costs import Strategy, cheapest, product_flops
 from randlora_jax.sites import Kernel
 from randlora_jax.stored import sites_of
@@ -25,6 +26,9 @@ def summary(
     strategy: Strategy = "auto",
 ) -> str:
     """A table of the adapted layers, the parameters that train, and the bytes of a checkpoint.
+
+    Under "not adapted" are the parameters with two axes or more that "all-linear" does not take,
+    embeddings among them; what `exclude_modules` and `modules_to_save` name is not listed.
 
     Args:
       variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s will do.
@@ -54,7 +58,8 @@ def summary(
     check_variables(variables, "params", "randlora", "randlora_bases")
     check_config(config)
     rows: list[list[str]] = []
-    for site in sites_of(variables, config, guess=True):
+    sites = sites_of(variables, config, guess=True)
+    for site in sites:
         kernel = trees.get(variables["params"], site.kernel_path)
         arrays = (kernel, *site.scales(variables["randlora"]))
         shapes = [nn.unbox(array).shape for array in arrays]
@@ -73,6 +78,9 @@ def summary(
         ("bases", f"{readable(held)}, one pair for all layers"),
         ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
+    params = {path: nn.unbox(leaf).shape for path, leaf in trees.items(variables["params"])}
+    for line in described(left_out(params, sites, config)):
+        facts.append(("" if facts[-1][0] in ("", "not adapted") else "not adapted", line))
     head = ["layer", "kernel", "lambda", "gamma", "trains"]
     head += ["forward", "backward", "over frozen"] if tokens else []
     lines = table_of([head, *rows], right=(4, 7))

@@ -87,6 +87,11 @@ def names_module(patterns: Iterable[str] | str, name: str) -> bool:
     return any(name == p or name.endswith("." + p) for p in patterns)
 
 
+def is_within(name: str, outer: str) -> bool:
+    """Whether a module is a part of another one; all are parts of the root, ""."""
+    return name != outer and (not outer or name.startswith(outer + "."))
+
+
 def layer_indices(config: RandLoraConfig) -> tuple[int, ...]:
     """`layers_to_transform` in rising order."""
     layers = config.layers_to_transform
@@ -120,6 +125,7 @@ def check(
     modules: Mapping[str, tuple[type, bool]],
     others: Iterable[str] = (),
     idle: Iterable[str] = (),
+    parameters: Iterable[str] = (),
 ) -> None:
     """Raises a ValueError for a name that matches nothing, and for a target that is not linear.
 
@@ -127,7 +133,9 @@ def check(
       modules: for each path, the module's type and whether it can be adapted.
       others: paths of modules that have parameters, and were not seen to run.
       idle: paths of modules that may have none, and need not run: they can only be excluded.
+      parameters: paths of parameters: they can be excluded too.
     """
+    parameters = list(parameters)
     linear = [name for name, (_, is_linear) in modules.items() if is_linear]
     if config.target_modules is None:
         raise ValueError(
@@ -138,14 +146,27 @@ def check(
     if not config.all_linear:
         for name in matched:
             if name not in linear:
+                cls = modules[name][0].__name__
+                within = [other for other in linear if is_within(other, name)]
+                cure = "narrow it, or give its name to exclude_modules"
+                if within:
+                    cure = f"name some of {_some(within)}, or give its name to exclude_modules"
+                elif not any(is_within(other, name) for other in modules):
+                    cure += f"; if it is one, call randlora_jax.register_layer({cls}, kernel=...)"
                 raise ValueError(
-                    f"target_modules={config.target_modules!r} matches {name!r}, which is a "
-                    f"{modules[name][0].__name__} and not a linear layer: narrow it, or give its "
-                    "name to exclude_modules"
+                    f"target_modules={config.target_modules!r} matches {name!r}, which is a {cls} "
+                    f"and not a known linear layer: {cure}"
                 )
+    for name in () if isinstance(config.target_modules, str) else config.target_modules or ():
+        raw = [p for p in parameters if names_module((name,), p)]
+        if raw and not any(names_module((name,), module) for module in modules):
+            raise ValueError(
+                f"target_modules: {name!r} is no module but the parameter {raw[0]!r}: adapt it by "
+                f"parameters={{{raw[0]!r}: (0,)}}, with those of its axes that are inputs"
+            )
     _check_names(config, "target_modules", modules, linear)
     everything = list(dict.fromkeys([*modules, *others]))
-    _check_names(config, "exclude_modules", [*everything, *idle], everything)
+    _check_names(config, "exclude_modules", [*everything, *idle, *parameters], everything)
     for field in ("modules_to_save", "layers_pattern"):
         _check_names(config, field, everything, everything)
     if not any(selection(config, n) is not Selection.NO for n in matched if n in linear):

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from randlora_jax import targets, trees
+from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import parse_label
@@ -15,8 +16,15 @@ from randlora_jax.sites import parse_label
 FROZEN = "frozen"
 
 
-def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
+def labels(
+    variables: trees.Tree, config: named.Configs, names: tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Names what each leaf is: the labels that `partition` gives a transformation each.
+
+    Args:
+      variables: as `adapt` returned them.
+      config: the adapter's, or those of several by name.
+      names: of several adapters, those that train; all by default. The others are frozen.
 
     Returns:
       A tree like `variables` of "randlora_lambda", "randlora_gamma", "bias" (as `config.bias`
@@ -28,30 +36,42 @@ def labels(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
       {'bias': 'bias', 'kernel': 'frozen'}
     """
     check_variables(variables, "params", "randlora")
-    check_config(config)
-    scales, params = trees.items(variables["randlora"]), dict(trees.items(variables["params"]))
+    check_config(config, several=True)
+    named.check(config, names)
+    trains, params = named.active(config, names), dict(trees.items(variables["params"]))
+    several = isinstance(config, Mapping)
+    # Several adapters train scales alone.
+    one = RandLoraConfig() if several else named.by_name(config)[""]
+    scales = () if several else trees.items(variables["randlora"])
     adapted = {parse_label(path[:-1], params)[0][:-1] for path, _ in scales}
 
     def label(path, _):
         collection, *inside = path
         if collection == "randlora":
-            return path[-1]
+            return path[-1] if not several or path[1] in trains else FROZEN
         if collection != "params":
             return FROZEN
-        if targets.is_saved_whole(config, trees.dotted(tuple(inside[:-1]))):
+        if targets.is_saved_whole(one, trees.dotted(tuple(inside[:-1]))):
             return "modules_to_save"
-        everywhere, here = config.bias == "all", tuple(inside[:-1]) in adapted
-        wanted = everywhere or (config.bias == "randlora_only" and here)
+        everywhere, here = one.bias == "all", tuple(inside[:-1]) in adapted
+        wanted = everywhere or (one.bias == "randlora_only" and here)
         return "bias" if wanted and inside[-1] == "bias" else FROZEN
 
     return trees.map_with_path(label, variables)
 
 
-def split(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(
+    variables: trees.Tree, config: named.Configs, names: tuple[str, ...] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divides variables into what trains and all the rest, without copying an array.
 
     Differentiate a function of the first tree: no gradient of the base is ever formed then, and
     the optimizer holds state for the adapter alone.
+
+    Args:
+      variables: as `adapt` returned them.
+      config: the adapter's, or those of several by name.
+      names: of several adapters, those that train; all by default.
 
     Returns:
       (trainable, frozen), each a tree like `variables` with the other's leaves left out.
@@ -64,9 +84,9 @@ def split(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any]
       >>> combine(trainable, frozen) == tree
       True
     """
-    named = dict(trees.items(labels(variables, config)))
-    trainable = trees.filtered(variables, lambda path, _: named[path] != FROZEN)
-    frozen = trees.filtered(variables, lambda path, _: named[path] == FROZEN)
+    by_path = dict(trees.items(labels(variables, config, names)))
+    trainable = trees.filtered(variables, lambda path, _: by_path[path] != FROZEN)
+    frozen = trees.filtered(variables, lambda path, _: by_path[path] == FROZEN)
     return trainable, frozen
 
 
@@ -78,7 +98,8 @@ def combine(trainable: trees.Tree, frozen: trees.Tree) -> dict[str, Any]:
 def partition(
     transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     variables: trees.Tree,
-    config: RandLoraConfig,
+    config: named.Configs,
+    names: tuple[str, ...] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer for the whole tree of variables that leaves everything frozen as it is.
 
@@ -88,7 +109,7 @@ def partition(
 
     Args:
       transforms: one transformation for all that trains, or one for each label.
-      variables, config: as for `split`.
+      variables, config, names: as for `split`.
 
     Raises:
       ValueError: if something trains that no transformation was given for.
@@ -101,8 +122,8 @@ def partition(
       >>> updates["params"]["kernel"].tolist(), updates["randlora"]["randlora_gamma"].tolist()
       ([0.0, 0.0], [-1.0, -1.0])
     """
-    named = labels(variables, config)
-    used = {label for _, label in trees.items(named)} - {FROZEN}
+    named_leaves = labels(variables, config, names)
+    used = {label for _, label in trees.items(named_leaves)} - {FROZEN}
     by_label: dict[Any, optax.GradientTransformation] = {}
     by_label |= transforms if isinstance(transforms, Mapping) else dict.fromkeys(used, transforms)
     missing = sorted(used - set(by_label))
@@ -111,4 +132,4 @@ def partition(
             f"transforms has none for {missing}, which train: give one for each, or "
             "optax.set_to_zero()"
         )
-    return optax.partition({FROZEN: optax.set_to_zero(), **by_label}, named)
+    return optax.partition({FROZEN: optax.set_to_zero(), **by_label}, named_leaves)

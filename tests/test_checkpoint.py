@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import randlora_jax as rl
+from randlora_jax.checkpoint.manifest import fingerprints
 from tests.checkpoints import base, bits, files, make, trained
 
 CONFIGS = {
@@ -62,6 +63,71 @@ def test_bfloat16_arrays_travel(tmp_path):
     variables = variables | {k: low(variables[k]) for k in ("randlora", "randlora_bases")}
     rl.save_adapter(tmp_path / "adapter", variables, config)
     assert bits(rl.load_adapter(tmp_path / "adapter", base())[0]) == bits(variables)
+
+
+def with_bias(bias):
+    """A trained adapter whose head, trained whole, has another bias."""
+    variables, config = make(modules_to_save=["head"])
+    head = variables["params"]["head"] | {"bias": bias}
+    return variables | {"params": variables["params"] | {"head": head}}, config
+
+
+SAVED = ["bool", "int2", "int4", "int8", "float4_e2m1fn", "float8_e4m3fn", "float16", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", SAVED)
+def test_what_is_trained_whole_can_be_of_any_dtype(tmp_path, dtype):
+    numbers = np.random.default_rng(0).integers(-2, 2, 5)
+    variables, config = with_bias(jnp.asarray(numbers).astype(dtype))
+    rl.save_adapter(tmp_path / "adapter", variables, config)
+    assert bits(rl.load_adapter(tmp_path / "adapter", base())[0]) == bits(variables)
+
+
+@pytest.mark.parametrize(
+    "dtype, count", [("bool", 2), ("int2", 4), ("int4", 16), ("float4_e2m1fn", 16)]
+)
+def test_a_fingerprint_tells_all_values_of_a_small_dtype(dtype, count):
+    values = np.arange(count, dtype=np.uint8).view(jnp.dtype(dtype))
+    found = fingerprints({str(i): jnp.asarray(values[[i]]) for i in range(count)})
+    assert len(set(found.values())) == count
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128, np.float64])
+def test_a_fingerprint_tells_every_bit_of_a_large_dtype(dtype):
+    number = np.array([1.5, -0.75], dtype)
+    with jax.enable_x64(True):
+        arrays = {"as it was": jnp.asarray(number)}
+        for place in range(number.itemsize * 8):
+            flipped = np.unpackbits(number.view(np.uint8))
+            flipped[place] ^= 1
+            arrays[str(place)] = jnp.asarray(np.packbits(flipped).view(dtype))
+        found = fingerprints(arrays)
+    assert len(set(found.values())) == len(arrays)
+
+
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        (lambda: jnp.ones(5, jnp.uint4), "is uint4, which Orbax can't save"),
+        (lambda: jnp.ones(5, jnp.float8_e4m3), "is float8_e4m3, which Orbax can't save"),
+        (lambda: jax.random.split(jax.random.key(0), 5), "is key<fry>, which Orbax can't save"),
+        (lambda: np.ones(5), r"is float64 .*JAX takes as float32: give jnp\.asarray"),
+        (lambda: np.ones(5, np.int64), r"is int64 .*JAX takes as int32: give jnp\.asarray"),
+    ],
+)
+def test_what_could_not_be_read_again_is_refused_by_name(tmp_path, bias, message):
+    with pytest.raises(ValueError, match=f"'params.head.bias' {message}"):
+        rl.save_adapter(tmp_path / "adapter", *with_bias(bias()))
+    assert not os.listdir(tmp_path)
+
+
+def test_float64_of_jax_s_own_travels(tmp_path):
+    with jax.enable_x64(True):
+        variables, config = with_bias(jnp.arange(5, dtype=jnp.float64) / 3)
+    rl.save_adapter(tmp_path / "adapter", variables, config)
+    with jax.enable_x64(True):
+        loaded, _ = rl.load_adapter(tmp_path / "adapter", base())
+    assert bits(loaded) == bits(variables)
 
 
 def test_the_base_is_neither_saved_nor_copied_nor_changed(tmp_path):

@@ -118,7 +118,7 @@ def test_convert_knows_the_names_of_a_llama(run, tmp_path):
     ]
     code, _, complaint = run("convert", tmp_path / "ours", tmp_path / "c")
     assert code == 1
-    assert "no module of PEFT's" in complaint
+    assert "--names has no module of PEFT's" in complaint
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,43 @@ def test_wrong_usage_is_exit_code_2(run, tmp_path):
         with pytest.raises(SystemExit) as error:
             run(*arguments)
         assert error.value.code == 2
+
+
+@pytest.fixture
+def folders(ours):
+    """What the command line complains of, each for a reason of its own."""
+    shutil.copytree(GOLDEN / "adapter_sparse", ours / "theirs")
+    shutil.copytree(GOLDEN / "adapter_sparse", ours / "several" / "chat")
+    shutil.copytree(GOLDEN / "adapter_projection", ours / "wide")
+    wide = {k: v.astype("float64") for k, v in load_file(ours / "wide" / WEIGHTS).items()}
+    save_file(wide, ours / "wide" / WEIGHTS)
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure", "not_here"),
+    [
+        (("convert", "theirs", "stored"), "give another path or --overwrite", "overwrite=True"),
+        (("convert", "stored", "theirs"), "give another path or --overwrite", "overwrite=True"),
+        (("inspect", "several"), "--adapter can be one of ['chat']", "adapter_name"),
+        (("verify", "several", "--adapter", ".."), "--adapter '..' must be a", "adapter_name"),
+        (("convert", "wide", "new"), "set JAX_ENABLE_X64=1 to read", "jax_enable_x64"),
+        (("convert", "theirs", "new", "--names", "llama"), "--names has no place for", "name_map"),
+    ],
+)
+def test_complaints_name_flags_in_place_of_python_s_arguments(
+    run, folders, monkeypatch, arguments, cure, not_here
+):
+    monkeypatch.chdir(folders)
+    code, printed, complaint = run(*arguments)
+    assert code and not printed
+    assert cure in complaint
+    assert not_here not in complaint
+
+
+def test_a_path_is_told_as_it_is(run, tmp_path):
+    _, _, complaint = run("inspect", tmp_path / "name_map" / "overwrite=True")
+    assert f"{tmp_path}/name_map/overwrite=True is no adapter" in complaint
 
 
 def test_it_runs_as_a_module():

@@ -7,6 +7,8 @@ import pathlib
 import re
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -123,6 +125,35 @@ def test_numpy_integers_count_as_layers():
     assert json.loads(config.to_json())["layers_to_transform"] == 5
 
 
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5)])
+@pytest.mark.parametrize("field", ["randlora_alpha", "randlora_dropout"])
+def test_numpy_numbers_are_kept_as_those_of_python(field, number):
+    kept = getattr(RandLoraConfig(**{field: number}), field)
+    assert (type(kept), kept) == (float, 0.5)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), jnp.int32(3), jnp.array(3)])
+def test_an_integer_of_any_library_stays_one(number):
+    config = RandLoraConfig(
+        r=number, randlora_alpha=number, target_modules=["up"], layers_to_transform=number
+    )
+    expected = RandLoraConfig(r=3, randlora_alpha=3, target_modules=["up"], layers_to_transform=3)
+    assert config == expected
+    assert config.to_json() == expected.to_json()
+
+
+def test_numbers_of_jax_are_kept_as_those_of_python():
+    config = RandLoraConfig(randlora_alpha=jnp.bfloat16(2.5), randlora_dropout=jnp.float32(0.25))
+    assert config == RandLoraConfig(randlora_alpha=2.5, randlora_dropout=0.25)
+    assert hash(config) == hash(RandLoraConfig(randlora_alpha=2.5, randlora_dropout=0.25))
+
+
+@pytest.mark.parametrize("field", ["r", "randlora_alpha", "randlora_dropout"])
+def test_a_traced_number_is_refused_by_field(field):
+    with pytest.raises(TypeError, match=f"{field} must be"):
+        jax.jit(lambda value: RandLoraConfig(**{field: value}).scaling)(1)
+
+
 EITHER = (TypeError, ValueError)
 WRONG = [
     # error, values, what the message has to say
@@ -132,6 +163,10 @@ WRONG = [
     (TypeError, {"r": "8"}, "r .*integer.*'8'"),
     (TypeError, {"r": None}, "r .*integer.*None"),
     (TypeError, {"r": True}, "r .*integer.*True"),
+    (TypeError, {"r": np.array(2.5)}, r"r .*integer.*2\.5"),
+    (TypeError, {"r": jnp.float32(2.5)}, r"r .*integer.*2\.5"),
+    (TypeError, {"r": jnp.array(True)}, "r .*integer.*True"),
+    (TypeError, {"r": np.array([3])}, r"r .*integer.*\[3\]"),
     (TypeError, {"projection_prng_key": 1.5}, r"projection_prng_key .*integer.*1\.5"),
     (TypeError, {"projection_prng_key": False}, "projection_prng_key .*integer.*False"),
     (ValueError, {"randlora_alpha": math.nan}, "randlora_alpha .*finite.*nan"),
@@ -139,6 +174,11 @@ WRONG = [
     (ValueError, {"randlora_alpha": -math.inf}, "randlora_alpha .*finite.*-inf"),
     (TypeError, {"randlora_alpha": "640"}, "randlora_alpha .*number.*'640'"),
     (TypeError, {"randlora_alpha": True}, "randlora_alpha .*number.*True"),
+    (TypeError, {"randlora_alpha": np.bool_(True)}, "randlora_alpha .*number.*True"),
+    (TypeError, {"randlora_alpha": jnp.array(True)}, "randlora_alpha .*number.*True"),
+    (TypeError, {"randlora_alpha": np.complex64(2)}, "randlora_alpha .*number.*2"),
+    (TypeError, {"randlora_alpha": np.ones(1)}, r"randlora_alpha .*number.*\[1\.\]"),
+    (ValueError, {"randlora_alpha": np.float32(np.nan)}, "randlora_alpha .*finite.*nan"),
     (ValueError, {"randlora_dropout": 1.0}, r"randlora_dropout .*\[0, 1\).*1\.0"),
     (ValueError, {"randlora_dropout": 1.5}, r"randlora_dropout .*\[0, 1\).*1\.5"),
     (ValueError, {"randlora_dropout": -0.1}, r"randlora_dropout .*\[0, 1\).*-0\.1"),
@@ -164,6 +204,8 @@ WRONG = [
     (ValueError, {"layers_to_transform": []}, r"layers_to_transform .*\[\]"),
     (ValueError, {"layers_to_transform": True}, "layers_to_transform .*True"),
     (ValueError, {"layers_to_transform": [1.5]}, r"layers_to_transform .*1\.5"),
+    (ValueError, {"layers_to_transform": np.array(1.5)}, r"layers_to_transform .*1\.5"),
+    (ValueError, {"layers_to_transform": [jnp.float32(1.5)]}, r"layers_to_transform .*1\.5"),
     (EITHER, {"target_modules": 5}, "target_modules.*5"),
     (EITHER, {"target_modules": {5}}, "target_modules.*5"),
     (EITHER, {"layers_to_transform": "ab"}, "layers_to_transform.*'ab'"),

@@ -104,7 +104,7 @@ def test_a_target_that_matches_nothing_raises_and_names_the_nearest(target, near
 
 
 def test_a_target_that_is_not_linear_raises_and_names_its_type():
-    with pytest.raises(ValueError, match="'norm', which is a LayerNorm and not a linear layer"):
+    with pytest.raises(ValueError, match="'norm', which is a LayerNorm and not a known linear"):
         targets(target_modules=["up", "norm"])
 
 

@@ -1,6 +1,8 @@
 """The adapter's dropout: when it is on, what it draws, and what it acts on."""
 
 import functools
+import itertools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -108,32 +110,76 @@ def test_its_expectation_is_the_output_without_it(kind):
 
 
 class Layer(nn.Module):
+    times: int = 1
+
     @nn.compact
     def __call__(self, carry, x):
-        return carry, nn.Dense(7, name="layer")(x)
+        layer = nn.Dense(7, name="layer")
+        return carry, jnp.stack([layer(x) for _ in range(self.times)])
 
 
 class Beside(nn.Module):
-    """Layers of one stack on the same input, beside one another."""
+    """Layers of one stack on the same input, beside one another, each called twice.
+
+    Whoever writes a stack of layers without dropout has no reason to list it in `split_rngs`.
+    """
+
+    listed: bool = True
+    axis: int = 0
+    lift: Any = nn.scan
+    inner: Any = staticmethod(lambda layer: layer)
 
     @nn.compact
     def __call__(self, x):
-        split = {"params": True, "dropout": True}
-        lifted = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs=split, in_axes=nn.broadcast, length=2
-        )
-        return lifted(name="stack")(None, x)[1]
+        options = {"split_rngs": {"params": True, **({"dropout": True} if self.listed else {})}}
+        options |= {"variable_axes": {"params": self.axis}, "in_axes": nn.broadcast}
+        if self.lift is nn.vmap:
+            options |= {"axis_size": 2, "in_axes": None}
+        else:
+            options |= {"length": 2}
+        return self.lift(self.inner(Layer), **options)(2, name="stack")(None, x)[1]
 
 
-def test_layers_of_a_stack_draw_masks_of_their_own():
-    model, variables = trained(Beside())
-    copied = jax.tree.map(lambda a: jnp.stack([a[0]] * 2), variables["params"]["stack"])
-    scales = jax.tree.map(lambda a: jnp.stack([a[0]] * 2), variables["randlora"]["stack"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        Beside(),
+        Beside(listed=False),
+        Beside(listed=False, axis=-1),
+        Beside(listed=False, lift=nn.vmap),
+        Beside(listed=False, inner=nn.remat),
+    ],
+)
+def test_layers_of_a_stack_draw_masks_of_their_own(base):
+    model, variables = trained(base)
+    alike = lambda a: jnp.stack([jnp.take(a, 0, base.axis)] * 2, base.axis)
+    copied, scales = (jax.tree.map(alike, variables[c]["stack"]) for c in ("params", "randlora"))
     variables = {**variables, "params": {"stack": copied}, "randlora": {"stack": scales}}
     same = model.apply(variables, X, deterministic=True)
     assert_same_bits(same[0], same[1])
-    y = model.apply(variables, X, deterministic=False, rngs=RNGS)
-    assert not np.allclose(y[0], y[1])
+    draw = lambda key: model.apply(variables, X, deterministic=False, rngs={"dropout": key})
+    y = draw(RNGS["dropout"])
+    calls = [y[0, 0], y[0, 1], y[1, 0], y[1, 1]]
+    assert not any(np.allclose(a, b) for a, b in itertools.combinations(calls, 2))
+    assert_same_bits(draw(RNGS["dropout"]), y)
+    draws = as_numpy(jax.vmap(draw)(jax.random.split(jax.random.key(6), 2000)))
+    error = np.abs(draws.mean(0) - as_numpy(same))
+    assert (error < 5 * draws.std(0) / np.sqrt(len(draws))).all()
+
+
+def test_in_a_model_of_a_users_a_stack_that_lists_no_dropout_has_it():
+    class Users(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return RandLora(Beside(listed=False), CONFIG)(x, deterministic=False)
+
+    variables = Users().init({"params": jax.random.key(0), **RNGS}, X)
+    variables = {**variables, "randlora": randomised(variables["randlora"])}
+    y = Users().apply(variables, X, rngs=RNGS)
+    calls = [y[0, 0], y[0, 1], y[1, 0], y[1, 1]]
+    assert not any(np.allclose(a, b) for a, b in itertools.combinations(calls, 2))
+    with pytest.raises(InvalidRngError, match='needs PRNG for "dropout"'):
+        Users().apply(variables, X)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -87,6 +87,13 @@ def test_a_raw_parameter_that_is_not_there_is_told_with_the_nearest(adapt):
 
 
 @FRONT_ENDS
+@pytest.mark.parametrize("axes", [(-1,), (), (0, 0), (2,), (0, 1), (0.5,), "0"])
+def test_axes_that_a_raw_parameter_can_not_have_are_refused(adapt, axes):
+    with pytest.raises(ValueError, match=r"parameters: .*'scale'"):
+        adapt(rl.RandLoraConfig(**ALL), parameters={"scale": axes})
+
+
+@FRONT_ENDS
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int4, jnp.int32, jnp.complex64])
 def test_a_kernel_that_is_not_of_floating_point_numbers_is_refused_by_name(adapt, dtype):
     change = lambda a: a.astype(dtype)

@@ -1,10 +1,14 @@
 """The usual mix-ups of arguments are told, with the line to write instead, before any work."""
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
 from randlora_jax.nnx import inject, load_adapter
+from randlora_jax.registry import rule_for
 from tests.refused_models import ALL, Model, NnxModel, X, linen
 
 CONFIG = rl.RandLoraConfig(**ALL)
@@ -50,7 +54,7 @@ def test_mix_ups_of_adapted_variables(name, mix_up, message, adapted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTED if name != "merge"])
+@pytest.mark.parametrize("name", ["sharding", "summary", "save_adapter", "peft.save_adapter"])
 def test_several_adapters_where_one_is_wanted(name, adapted, tmp_path):
     several = {**adapted, "randlora": {"a": adapted["randlora"]}}
     with pytest.raises(TypeError, match=r"adapters\.select"):
@@ -96,6 +100,45 @@ def test_mix_ups_of_a_base(name, mix_up, message, adapted, tmp_path):
 def test_mix_ups_of_the_front_ends(use, message, adapted):
     with pytest.raises((TypeError, ValueError), match=message):
         use(RandLora(Model(), CONFIG), adapted, CONFIG)
+
+
+AXES = r"input_axes must be axes of the kernel, counted from 0.*as in \(0,\), got "
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"kernel": print}, TypeError, "kernel must be the parameter's name.*'w', got <built-in"),
+        ({"kernel": (0,)}, TypeError, r"kernel must be the parameter's name.*got \(0,\)"),
+        ({"kernel": None}, TypeError, "kernel must be the parameter's name.*got None"),
+        ({"input_axes": (-1,)}, ValueError, AXES + r"\(-1,\)"),
+        ({"input_axes": -2}, ValueError, AXES + "-2"),
+        ({"input_axes": (0, 0)}, ValueError, AXES + r"\(0, 0\)"),
+        ({"input_axes": ()}, ValueError, AXES + r"\(\)"),
+        ({"input_axes": "0"}, ValueError, AXES + "'0'"),
+        ({"input_axes": (0.0,)}, ValueError, AXES + r"\(0\.0,\)"),
+        ({"input_axes": True}, ValueError, AXES + "True"),
+    ],
+)
+def test_mix_ups_of_register_layer(values, error, message):
+    class Layer(nn.Module):
+        pass
+
+    with pytest.raises(error, match=message):
+        rl.register_layer(Layer, **values)
+    assert rule_for(Layer) is None
+
+
+@pytest.mark.parametrize("axes", [1, [1], (1,), np.int64(1), np.array([1])])
+def test_input_axes_can_be_one_or_any_sequence(axes):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", nn.initializers.normal(), (7, 5)).T
+
+    rl.register_layer(Layer, kernel="w", input_axes=axes)
+    variables = RandLora(Layer(), CONFIG).init(jax.random.key(0), X)
+    assert set(variables["randlora"]) == {"w[1]"}
 
 
 def test_a_folder_of_the_other_library(adapted, tmp_path):

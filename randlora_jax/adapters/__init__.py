@@ -1,5 +1,5 @@
 """Several adapters by name on one base and one pair of bases."""
 
-from randlora_jax.adapters.named import insert, select
+from randlora_jax.adapters.named import delete, insert, select, with_strength
 
-__all__ = ["insert", "select"]
+__all__ = ["delete", "insert", "select", "with_strength"]

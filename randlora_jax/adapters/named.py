@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
 from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.sites import LAMBDA
 
 Configs = RandLoraConfig | Mapping[str, RandLoraConfig]
+Strength = float | jax.Array
 
 _SHARED = (
     ("projection_prng_key", "it draws the bases, which all adapters share"),
@@ -32,8 +38,18 @@ def active(config: Configs, names: tuple[str, ...] | None) -> dict[str, RandLora
 
 
 def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
-    """Raises a ValueError for adapters that can't share their bases, and for unknown names."""
+    """Raises an error for adapters that can't share their bases, and for names that can't be."""
     configs = by_name(config)
+    for name in config if isinstance(config, Mapping) else ():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"config must name its adapters by strings, as in {{'chat': config}}, got {name!r}"
+            )
+        if not name:  # it stands for one config alone, whose scales are in no tree of its own
+            raise ValueError(
+                "config names an adapter '': give it a name, as in {'default': config}, or give "
+                "the config alone if it is the only one"
+            )
     if not configs:
         raise ValueError("config is an empty mapping: give at least one adapter")
     if isinstance(names, str):
@@ -81,7 +97,7 @@ def insert(
 ) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
     """Adds an adapter, as `adapt` or `load_adapter` returned it, to others by name.
 
-    Nothing is copied, and nothing that is there changes. To delete one, leave it out of both.
+    Nothing is copied, and nothing that is there changes; `delete` is the inverse.
 
     Raises:
       ValueError: if the name is taken, or if the two can't be on the same bases.
@@ -104,6 +120,89 @@ def insert(
             )
     scales = {**variables["randlora"], name: added["randlora"]}
     return {**variables, "randlora": scales, "randlora_bases": dict(large)}, configs
+
+
+def delete(
+    variables: trees.Tree, config: Mapping[str, RandLoraConfig], name: str
+) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
+    """Takes one of several adapters away: the inverse of `insert`. Nothing is copied.
+
+    Raises:
+      ValueError: if there is no such adapter, or no other one.
+
+    Example:
+      >>> variables = {"params": {}, "randlora": {"a": {"x": 1}, "b": {"x": 2}}}
+      >>> configs = {"a": RandLoraConfig(), "b": RandLoraConfig()}
+      >>> variables, configs = delete(variables, configs, "a")
+      >>> variables["randlora"], list(configs)
+      ({'b': {'x': 2}}, ['b'])
+    """
+    configs = without(config, name)
+    scales = {n: scales_of(variables, n) for n in configs if n in variables["randlora"]}
+    return {**variables, "randlora": scales}, configs
+
+
+def with_strength(
+    variables: trees.Tree, config: Configs, strength: Strength | Mapping[str, Strength]
+) -> dict[str, Any]:
+    """Variables whose updates are multiplied by numbers, which may be traced: no recompilation.
+
+    An update is linear in its lambdas, of which these are other ones; the given stay as they are,
+    and are what to save.
+
+    Args:
+      variables: as `adapt` returned them.
+      config: the adapter's, or those of several by name.
+      strength: a number; of several adapters, numbers by name for those that change.
+
+    Raises:
+      ValueError: for a name that is none of the adapters', and for what is no number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> variables = {"params": {}, "randlora": {"a": {"randlora_lambda": jnp.ones(2)}}}
+      >>> weaker = with_strength(variables, {"a": RandLoraConfig()}, {"a": 0.5})
+      >>> weaker["randlora"]["a"]["randlora_lambda"].tolist()
+      [0.5, 0.5]
+    """
+    scaled = dict(trees.items(variables["randlora"]))
+    for name, number in strengths(config, strength).items():
+        prefix = (name,) if name else ()
+        for path, leaf in scaled.items():
+            if path[: len(prefix)] == prefix and path[-1] == LAMBDA:
+                value = nn.unbox(leaf)
+                scaled[path] = nn.meta.replace_boxed(leaf, value * number.astype(value.dtype))
+    return {**variables, "randlora": trees.build(scaled)}
+
+
+def strengths(config: Configs, strength: Strength | Mapping[str, Strength]) -> dict[str, jax.Array]:
+    """Numbers by the adapters' names, checked."""
+    given = strength if isinstance(strength, Mapping) else dict.fromkeys(by_name(config), strength)
+    unknown = sorted(set(given) - set(by_name(config)))
+    if unknown:
+        raise ValueError(
+            f"strength names {unknown}, the adapters are {sorted(by_name(config))}"
+            if isinstance(config, Mapping)
+            else f"strength names {unknown}, but the one adapter has no name: give a number"
+        )
+    numbers = {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
+    for name, number in numbers.items():
+        if number.shape != ():
+            raise ValueError(f"strength must be a number, got shape {number.shape} for {name!r}")
+    return numbers
+
+
+def without(config: Configs, name: str) -> dict[str, RandLoraConfig]:
+    """The configs of the other adapters."""
+    others = {key: one for key, one in by_name(config).items() if key != name}
+    if not isinstance(config, Mapping) or name not in config:
+        raise ValueError(f"there is no adapter {name!r}, only {sorted(by_name(config))}")
+    if not others:
+        raise ValueError(
+            f"{name!r} is the only adapter: leave 'randlora' and 'randlora_bases' out of the "
+            "variables, or in NNX remove(model)"
+        )
+    return others
 
 
 def scales_of(variables: trees.Tree, name: str) -> trees.Tree:

@@ -63,7 +63,7 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | os.PathLike[str], variables: trees.Tree
+    path: str | os.PathLike[str], variables: trees.Tree, config: RandLoraConfig | None = None
 ) -> tuple[dict[str, Any], RandLoraConfig]:
     """Loads an adapter onto a base, and verifies it: shapes, every array's checksum, the bases.
 
@@ -73,13 +73,14 @@ def load_adapter(
       path: a folder that `save_adapter` made, or the item of an `AdapterSave` in a checkpoint. It
         can come from any mesh, any number of devices and processes, from Linen or NNX.
       variables: the base's, `{"params": ...}`; it is not changed and not copied.
+      config: that of a model which is there already: an adapter with another one is refused.
 
     Returns:
-      (variables, config), the variables as `adapt` returns them.
+      (variables, config), the variables as `adapt` returns them, of `RandLora(base_model, config)`.
 
     Raises:
       FileNotFoundError: if there is no adapter at `path`.
-      ValueError: if it is cut short or altered, of another model, of a newer format, or if its
-        seed no longer draws its bases.
+      ValueError: if it is cut short or altered, of another model or config, of a newer format, or
+        if its seed no longer draws its bases.
     """
-    return atomic.read(resolved(path), lambda folder: restore(folder, variables))
+    return atomic.read(resolved(path), lambda folder: restore(folder, variables, config))

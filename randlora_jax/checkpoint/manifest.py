@@ -11,11 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
-from randlora_jax.checks import check_variables
+from randlora_jax.checkpoint.fingerprints import check_dtypes, fingerprints, name_of, shape_of
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.stored import sites_of
 from randlora_jax.training import split
@@ -117,7 +117,7 @@ class Manifest:
 
     def check_shapes(self, shapes: trees.Tree) -> None:
         """Raises BadAdapter where arrays can't be those that were saved: before they are read."""
-        found = {_name(path): _shape(leaf) for path, leaf in trees.items(shapes)}
+        found = {name_of(path): shape_of(leaf) for path, leaf in trees.items(shapes)}
         _compare(found, {name: text.partition(":")[0] for name, text in self.arrays.items()})
 
     def check_arrays(self, arrays: trees.Tree) -> None:
@@ -144,17 +144,18 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     """The arrays of an adapter, and their description.
 
     Raises:
-      ValueError: for `save_projection=False` with bases that the seed does not draw, and for
-        scales that don't fit the config or the base.
+      ValueError: for `save_projection=False` with bases that the seed does not draw, for scales
+        that don't fit the config or the base, and for dtypes that can't be saved or read back.
     """
     check_variables(variables, "params", "randlora", "randlora_bases")
+    check_config(config)
     trainable, _ = split(variables, config)
-    bases = dict(variables["randlora_bases"])
+    arrays, bases = nn.unbox(trainable), dict(variables["randlora_bases"])
+    check_dtypes({**arrays, "randlora_bases": bases})
     bases_lib.check_rank(config, bases)
     if variables.get("params"):  # what is written must be readable: so it is asked what load asks
         sites_of(variables, config, guess=True)
     record = BasesRecord.of(bases)
-    arrays = nn.unbox(trainable)
     if config.save_projection:
         arrays["randlora_bases"] = bases
     elif record.draw(config) is None:
@@ -187,25 +188,6 @@ def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) ->
     return {**loaded, "params": trees.build(params)}
 
 
-def fingerprints(tree: trees.Tree) -> dict[str, str]:
-    """By path: dtype, shape and 64 bits that depend on every bit and its place.
-
-    Exact, and the same however the arrays are sharded.
-    """
-    return {
-        _name(path): f"{_shape(leaf)}:" + "".join(f"{int(half):08x}" for half in _sums(leaf))
-        for path, leaf in trees.items(tree)
-    }
-
-
-def _name(path: trees.Path) -> str:
-    return "/".join(path)
-
-
-def _shape(array: Any) -> str:
-    return f"{np.dtype(array.dtype)}{list(array.shape)}"
-
-
 def _compare(found: dict[str, str], expected: dict[str, str]) -> None:
     for name in sorted(set(found) | set(expected)):
         if found.get(name) != expected.get(name):
@@ -214,17 +196,3 @@ def _compare(found: dict[str, str], expected: dict[str, str]) -> None:
 
 def _digest(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-@jax.jit
-def _sums(array):
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(array, bits).reshape(-1).astype(jnp.uint32)
-    place = jax.lax.iota(jnp.uint32, words.size)
-
-    def mixed(multiplier):  # odd multipliers and shifts: no two words of one place collide
-        x = (words ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(multiplier)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
-        return jnp.sum(x ^ (x >> 12), dtype=jnp.uint32)
-
-    return mixed(0x85EBCA6B), mixed(0xC2B2AE35)

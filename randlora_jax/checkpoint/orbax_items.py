@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from randlora_jax import trees
 from randlora_jax.checkpoint.manifest import MARK, BadAdapter, Manifest, attach, damaged, pack
-from randlora_jax.checks import check_variables
+from randlora_jax.checks import check_config, check_same_config, check_variables
 from randlora_jax.config import RandLoraConfig
 
 
@@ -42,9 +42,11 @@ def read_adapter(
         raise ValueError(f"{folder} {error}") from error
 
 
-def restore(folder: epath.Path, variables: trees.Tree) -> tuple[dict[str, Any], RandLoraConfig]:
+def restore(
+    folder: epath.Path, variables: trees.Tree, config: RandLoraConfig | None
+) -> tuple[dict[str, Any], RandLoraConfig]:
     """What an `AdapterRestore` of a folder gives."""
-    return _AdapterHandler().restore(folder, args=AdapterRestore(variables))
+    return _AdapterHandler().restore(folder, args=AdapterRestore(variables, config))
 
 
 def _read_arrays(path: epath.Path, where: Sharding) -> tuple[dict[str, Any], Manifest]:
@@ -76,10 +78,14 @@ class _AdapterHandler(ocp.StandardCheckpointHandler):
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
         check_variables(args.variables, "params")
+        if args.config is not None:
+            check_config(args.config)
         arrays, manifest = read_adapter(directory, _everywhere(args.variables))
         try:
+            if args.config is not None:
+                check_same_config(manifest.config, args.config)
             return attach(arrays, manifest.config, args.variables), manifest.config
-        except BadAdapter as error:
+        except ValueError as error:
             raise ValueError(f"{directory} {error}") from None
 
 
@@ -127,12 +133,14 @@ class AdapterRestore(ocp.args.CheckpointArgs):
 
     Attributes:
       variables: the base's, `{"params": ...}`.
+      config: that of a model which is there already, as for `load_adapter`.
     """
 
     variables: trees.Tree
+    config: RandLoraConfig | None
 
-    def __init__(self, variables: trees.Tree) -> None:
-        self.variables = variables
+    def __init__(self, variables: trees.Tree, config: RandLoraConfig | None = None) -> None:
+        self.variables, self.config = variables, config
 
 
 def standard_save(variables: trees.Tree, config: RandLoraConfig) -> ocp.args.StandardSave:

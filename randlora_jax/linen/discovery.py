@@ -19,7 +19,9 @@ from randlora_jax.registry import (
     Arguments,
     LayerRule,
     Parameters,
+    add_no_linear_layers,
     add_rule,
+    check_has_kernel,
     check_orientation,
     check_parameters,
     raw_kernels,
@@ -43,6 +45,13 @@ def _dense_axes(layer: Any) -> tuple[int, ...]:
 add_rule(LayerRule(nn.Dense, input_axes=(0,), product="dot_general"))
 add_rule(LayerRule(nn.DenseGeneral, layer_axes=_dense_axes, product="dot_general"))
 add_rule(LayerRule(nn.Einsum, plain=True))
+_convolution = nn.Conv.__base__
+assert _convolution is not None
+add_no_linear_layers(
+    *(nn.Embed, _convolution, nn.PReLU),
+    *(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm),
+    *(nn.WeightNorm, nn.SpectralNorm),
+)
 
 
 def discover(
@@ -54,8 +63,8 @@ def discover(
     kwargs: Mapping[str, Any],
     method: Any = None,
     rngs: Mapping[str, Any] | None = None,
-) -> list[Site]:
-    """The sites of a base, which is traced on the arguments and not run.
+) -> tuple[list[Site], dict[str, type]]:
+    """The sites of a base, which is traced on the arguments and not run; its modules' classes.
 
     Raises:
       ValueError: for targets that match nothing or nothing linear, and for parameters that are not
@@ -86,11 +95,13 @@ def discover(
         shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
     traced = dict(trees.items(nn.unbox(shapes)))
     given = dict(trees.items(variables["params"]))
-    targets.check(config, seen.modules, trees.modules_of(given), seen.submodules)
-    check_parameters(parameters, map(trees.dotted, given))
+    names = [trees.dotted(path) for path in given]
+    targets.check(config, seen.modules, trees.modules_of(given), seen.submodules, names)
+    check_parameters(parameters, names)
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
     check_orientation(sites, config)
-    return select_layers([_as_given(site, given) for site in sites], config)
+    classes = {name: cls for name, (cls, _) in seen.modules.items()}
+    return select_layers([_as_given(site, given) for site in sites], config), classes
 
 
 def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) -> Site:
@@ -188,6 +199,8 @@ class Discovery:
             call = (), {}
         kernels = adaptable(module, name, self.config, self.parameters, call)
         is_target = targets.selection(self.config, name) is not Selection.NO
+        if rule is not None and call is not None and is_target and module.path not in self.decided:
+            check_has_kernel(rule, name, module.variables.get("params", {}), self.config)
         if rule is not None and call is None and is_target and name not in kernels.values():
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))

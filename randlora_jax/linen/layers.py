@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+from flax.core.scope import LazyRng
 from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees, updates
@@ -16,9 +19,19 @@ from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.linen.calls import OurCall, method_of
 from randlora_jax.linen.discovery import adaptable
+from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.registry import Arguments, Parameters, rule_for
-from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, is_scale, parse_label, scale_name
+from randlora_jax.sites import (
+    GAMMA,
+    LAMBDA,
+    NUMBER,
+    SCALES,
+    Kernel,
+    is_scale,
+    parse_label,
+    scale_name,
+)
 from randlora_jax.targets import Selection
 
 Running = set[tuple[trees.Path, str]]  # modules' paths, and kernels that have their update by now
@@ -31,8 +44,10 @@ class Interceptor:
     Attributes:
       adapters: the active ones by name.
       deterministic: whether dropout is off.
+      key: of the call's dropout, for layers that the model's own transforms give none.
       depth: length of the base's own path, where it is within another module.
       calls: what runs as the model's own.
+      drawn: how often a module has had a key of `key`.
       running: the kernels of modules of which a method runs, with the updates, already; apart for
         the model's own modules and for those of an `apply` within it.
     """
@@ -42,9 +57,15 @@ class Interceptor:
     bases: Bases
     deterministic: bool
     strategy: Strategy
+    key: Any = None
     depth: int = 0
     calls: OurCall = dataclasses.field(default_factory=OurCall)
     running: dict[bool, Running] = dataclasses.field(default_factory=dict)
+    drawn: collections.Counter[trees.Path] = dataclasses.field(default_factory=collections.Counter)
+
+    def params(self, variables: trees.Tree) -> dict[str, Any]:
+        """The base's parameters with all that its layers need beside their kernels."""
+        return beside_kernels(variables, self.adapters, numbered=not self.deterministic)
 
     def __call__(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
@@ -84,7 +105,8 @@ class Interceptor:
                     lam, gamma = (nn.unbox(beside[name]) for name in names)
                     if lam.ndim > 2:
                         break  # the outside of a lifted layer, which comes again inside
-                    scales, dropout = (lam, gamma), self._dropout(module, config)
+                    number = nn.unbox(beside.get(scale_name(NUMBER, adapter)))
+                    scales, dropout = (lam, gamma), self._dropout(module, config, number)
                     found.append(
                         updates.prepare(target, kernel, config, self.bases, scales, dropout)
                     )
@@ -95,11 +117,24 @@ class Interceptor:
                     )
         return found
 
-    def _dropout(self, module: nn.Module, config: RandLoraConfig) -> updates.Dropout | None:
+    def _dropout(
+        self, module: nn.Module, config: RandLoraConfig, number: jax.Array | None
+    ) -> updates.Dropout | None:
         if self.deterministic or config.randlora_dropout == 0:
             return None
         layer: Any = nn.Dropout(config.randlora_dropout, deterministic=False, parent=None)
-        return functools.partial(layer.apply, {}, rngs={"dropout": module.make_rng("dropout")})
+        return functools.partial(layer.apply, {}, rngs={"dropout": self._key(module, number)})
+
+    def _key(self, module: nn.Module, number: jax.Array | None) -> jax.Array:
+        if module.has_rng("dropout") or self.key is None:
+            return module.make_rng("dropout")
+        # A base without dropout of its own has no reason to hand "dropout" through its `nn.scan`.
+        self.drawn[module.path] += 1
+        given = self.key.as_jax_rng() if isinstance(self.key, LazyRng) else self.key
+        key = trees.folded(given, module.path)
+        if number is not None:
+            key = jax.random.fold_in(key, number.reshape(-1)[0])
+        return jax.random.fold_in(key, self.drawn[module.path])
 
 
 def _is_target(config: RandLoraConfig, name: str) -> bool:
@@ -158,10 +193,10 @@ class LinenCall(updates.Call):
             return self.next_fun(*self.args, **self.kwargs)
 
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        layer = self.layer.clone(parent=None, **attributes)
-        own = self.layer.variables["params"]
-        params = {name: leaf for name, leaf in own.items() if not is_scale(name)}
-        return layer.apply({"params": params}, *self.args, **self.kwargs)
+        # In the layer's own scope, as if it had not been called yet: errors tell where it is.
+        layer = self.layer.clone(parent=self.layer.scope.rewound(), **attributes)
+        with self._running():
+            return layer(*self.args, **self.kwargs)
 
     def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
         def changed(name, node):

@@ -22,10 +22,11 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
+from randlora_jax.left_out import warn_of_left_out
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import Interceptor
-from randlora_jax.linen.scales import beside_kernels, boxed
+from randlora_jax.linen.scales import boxed
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import Site, is_scale
 
@@ -115,8 +116,8 @@ class RandLora(nn.Module):
         call = unbound(self.base, method)
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
-        interceptor, kwargs = self._interceptor(call, variables, args, options)
-        inside = _base_of(variables) | {"params": beside_kernels(variables, interceptor.adapters)}
+        interceptor, kwargs = self._interceptor(call, variables, args, options, outer.get("rngs"))
+        inside = _base_of(variables) | {"params": interceptor.params(variables)}
         with nn.intercept_methods(interceptor):
             run = interceptor.calls.marked(call)
             result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
@@ -161,14 +162,15 @@ class RandLora(nn.Module):
             if self._starts_at_zero:
                 return y
             kwargs = {"deterministic": True, **kwargs}
-        interceptor, kwargs = self._interceptor(call, self.variables, args, kwargs)
+        rngs = scope.rngs if scope is not None else None
+        interceptor, kwargs = self._interceptor(call, self.variables, args, kwargs, rngs)
         interceptor.depth = len(self.base.path)
 
         def adapted(base, *args, **kwargs):
             with nn.intercept_methods(interceptor):
                 return interceptor.calls.marked(call)(base, *args, **kwargs)
 
-        join = lambda target: {"params": beside_kernels(target, interceptor.adapters)}
+        join = lambda target: {"params": interceptor.params(target)}
         run = nn.map_variables(adapted, ["params", "randlora"], trans_in_fn=join, mutable=False)
         return run(self.base, *args, **kwargs)
 
@@ -207,10 +209,13 @@ class RandLora(nn.Module):
                 "rl.adapters.insert adds one to it"
             )
         configs = named.by_name(self.config)
-        sites = {
-            name: discover(self.base, one, self.parameters, variables, args, kwargs, method, rngs)
-            for name, one in configs.items()
-        }
+        sites: dict[str, list[Site]] = {}
+        classes: dict[str, type] = {}
+        for name, one in configs.items():
+            given = variables, args, kwargs, method, rngs
+            sites[name], classes = discover(self.base, one, self.parameters, *given)
+        shapes = {p: nn.unbox(leaf).shape for p, leaf in trees.items(variables["params"])}
+        warn_of_left_out(shapes, sites, configs, classes)
         scales, bases = initial_values(configs, sites, self.bases_dtype)
         by_name = {name: boxed(scales[name], sites[name], variables) for name in configs}
         return {**variables, "randlora": named.together(by_name), "randlora_bases": bases}
@@ -237,7 +242,7 @@ class RandLora(nn.Module):
         known: dict[trees.Path, Site] = {}
         for config in active.values() if args or kwargs else ():
             base = _base_of(variables)
-            seen = discover(self.base, config, self.parameters, base, args, kwargs)
+            seen, _ = discover(self.base, config, self.parameters, base, args, kwargs)
             known |= {site.path: site for site in seen}
         return merging.merge_adapters(variables, self.config, active, known, safe=safe)
 
@@ -246,7 +251,9 @@ class RandLora(nn.Module):
         return all(config.init_weights for config in named.by_name(self.config).values())
 
     @nn.nowrap
-    def _interceptor(self, call, variables, args, kwargs) -> tuple[Interceptor, dict[str, Any]]:
+    def _interceptor(
+        self, call, variables, args, kwargs, rngs
+    ) -> tuple[Interceptor, dict[str, Any]]:
         """What adapts the layers in a call; the base's keywords."""
         active = named.active(self.config, self.active)
         given, kwargs = deterministic_of(call, args, kwargs)
@@ -261,7 +268,8 @@ class RandLora(nn.Module):
             )
         bases = dict(variables.get("randlora_bases", {}))
         off = rate == 0 or bool(given)
-        return Interceptor(active, self.parameters, bases, off, self.strategy), kwargs
+        key = rngs.get("dropout", rngs.get("params")) if isinstance(rngs, Mapping) else rngs
+        return Interceptor(active, self.parameters, bases, off, self.strategy, key), kwargs
 
 
 def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:

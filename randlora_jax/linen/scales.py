@@ -6,19 +6,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.sites import SCALES, Site, Stack, parse_label, scale_name
+from randlora_jax.sites import LAMBDA, NUMBER, SCALES, Site, Stack, parse_label, scale_name
 from randlora_jax.stacks import part_of_stack
 from randlora_jax.stored import scale_pairs
 
 
-def beside_kernels(variables: trees.Tree, active: Mapping[str, RandLoraConfig]) -> dict[str, Any]:
+def beside_kernels(
+    variables: trees.Tree, active: Mapping[str, RandLoraConfig], *, numbered: bool = False
+) -> dict[str, Any]:
     """Parameters with the active adapters' scales beside their kernels.
 
     There the model's own transforms carry them as they carry the kernels.
+
+    Args:
+      variables: with "params" and "randlora".
+      active: the adapters, by name.
+      numbered: whether each layer of a stack gets a number of its own, shaped as its lambda.
     """
     params = variables.get("params", {})
     kernels, added = dict(trees.items(params)), {}
@@ -31,6 +39,11 @@ def beside_kernels(variables: trees.Tree, active: Mapping[str, RandLoraConfig]) 
             for scale, leaf in zip(SCALES, pair, strict=True):
                 spread = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
                 added[(*path, scale_name(scale, name))] = spread
+                if numbered and scale == LAMBDA:
+                    value = nn.unbox(spread)
+                    numbers = jnp.arange(value.size, dtype=jnp.uint32).reshape(value.shape)
+                    box = nn.meta.replace_boxed(spread, numbers)
+                    added[(*path, scale_name(NUMBER, name))] = box
     return trees.union(params, trees.build(added))
 
 

@@ -1,7 +1,9 @@
-"""What `inject` gives to the modules that it adapts: scales, and what dropout needs."""
+"""What adapters give to the modules of a model: scales, what dropout needs, and another class."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +11,72 @@ import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax import trees
-from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, holder
-from randlora_jax.nnx.state import spread
+from randlora_jax.config import RandLoraConfig
+from randlora_jax.nnx.classes import adapted_class, set_class
+from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
+from randlora_jax.nnx.lending import RandLoraBasis, settle
+from randlora_jax.nnx.state import check_same, spread
+from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
+from randlora_jax.stored import sites_of
+
+Scales = Mapping[trees.Path, Any]
 
 
-def attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters that are new to a model, by name: their configs, where they act, their scales."""
+
+    configs: Mapping[str, RandLoraConfig]
+    sites: Mapping[str, Sequence[Site]]
+    scales: Mapping[str, Scales]
+
+
+def attach(
+    model: nnx.Module,
+    modules: Mapping[trees.Path, Any],
+    new: Adapters,
+    active: tuple[tuple[str, RandLoraConfig], ...],
+    strategy: Strategy,
+    rngs: nnx.Rngs | None,
+) -> None:
+    """Gives new adapters to the modules of a model, which may have others already."""
+    dropout = any(config.randlora_dropout for config in new.configs.values())
+    stream: Any = rngs["dropout"] if rngs is not None and dropout else None
+    for name, config in new.configs.items():
+        for site in new.sites[name]:
+            _attach_scales(modules[site.module], site, name, new.scales[name])
+            if config.randlora_dropout:
+                _attach_dropout(modules[site.module], site.stack, stream)
+    for path, kernels in _kernels_by_module(new.sites).items():
+        layer = modules[path]
+        if "randlora_layer" in vars(layer):
+            kernels = dict.fromkeys((*layer.randlora_layer.kernels, *kernels))
+        else:
+            cls: Any = type(layer)
+            set_class(layer, adapted_class(cls))
+            settle(layer, model)
+        layer.randlora_layer = AdaptedLayer(tuple(kernels), active, strategy)
+
+
+def given_scales(
+    given: trees.Tree, config: RandLoraConfig, sites: Sequence[Site], variables: trees.Tree
+) -> Scales:
+    """Scales that were given to begin with, by path.
+
+    Args:
+      variables: of the base, with the bases that belong to the scales.
+
+    Raises:
+      ValueError: if they don't fit the sites, or the bases.
+    """
+    stored = (site.stored_scales(config.r) for site in sites)
+    check_same(given, trees.build(dict(collections.ChainMap(*stored))))
+    sites_of({**variables, "randlora": given}, config, guess=True)
+    return dict(trees.items(given))
+
+
+def _attach_scales(module: Any, site: Site, adapter: str, scales: Scales) -> None:
     """Gives a module its scales, stacked as its kernel is."""
     for label in site.kernel.label:
         if not hasattr(module, label):
@@ -32,7 +94,7 @@ def attach(module: Any, site: Site, adapter: str, scales: Mapping[trees.Path, An
         setattr(module, scale_name("randlora_rows", adapter), rows)
 
 
-def attach_dropout(module: Any, stack: Stack, stream: Any) -> None:
+def _attach_dropout(module: Any, stack: Stack, stream: Any) -> None:
     if hasattr(module, "randlora_rngs"):
         return
     if not hasattr(module, "deterministic"):
@@ -46,9 +108,11 @@ def axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...] | None:
     return variable.get_metadata().get("out_sharding")
 
 
-def kernels_by_module(sites: Mapping[str, Sequence[Site]]) -> dict[trees.Path, tuple[Kernel, ...]]:
-    """The kernels of each module, whichever adapters have scales for them."""
+def _kernels_by_module(
+    sites: Mapping[str, Sequence[Site]],
+) -> dict[trees.Path, dict[Kernel, None]]:
+    """The kernels of each module, in order, whichever adapters have scales for them."""
     found: dict[trees.Path, dict[Kernel, None]] = {}
     for site in (site for own in sites.values() for site in own):
         found.setdefault(site.module, {})[site.kernel] = None
-    return {path: tuple(kernels) for path, kernels in found.items()}
+    return found

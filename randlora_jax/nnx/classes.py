@@ -1,25 +1,24 @@
-"""The classes that an injected NNX model and its layers take, and how the bases reach the layers.
+"""The classes that an injected NNX model and its layers take.
 
-An adapted module stays the object that it was, and gets a subclass of its own class. The bases are
-kept once, at the root. A call of the root lends them to its layers, as attributes: so they are
-arguments of whatever `nnx.jit` or `nnx.remat` comes between, whose caches would not notice that
-something closed over has changed.
+An adapted module stays the object that it was, and gets a subclass of its own class, whose methods
+compute with the updates; so does the root of the model, whose methods lend the bases to the layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flax import nnx
+from flax.nnx.transforms.compilation import JitWrapped
+from jax.core import Tracer
 
-from randlora_jax import trees
-from randlora_jax.bases import Bases
-from randlora_jax.nnx.discovery import modules_of
-from randlora_jax.nnx.layers import BASES, ClosedOver, RandLoraBasis, call
+from randlora_jax.nnx.discovery import original_class
+from randlora_jax.nnx.layers import call
+from randlora_jax.nnx.lending import bases_of, lent
 
 # Operators that a layer can define to be used by.
 _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
@@ -28,25 +27,98 @@ _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
 @functools.cache
 def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose methods compute with the updates: one for each class."""
-    return _subclass("RandLora" + cls.__name__, cls, call, private=True)
+
+    def updated(module, method, decorated, name, args, kwargs):
+        del decorated
+        return call(module, method, name, args, kwargs)
+
+    return _subclass("RandLora" + cls.__name__, cls, updated, adapted_class)
 
 
 @functools.cache
 def root_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose public methods lend the bases to the layers."""
 
-    def lending(root, method, name, args, kwargs):
-        del name
-        with lend_bases(root):
-            return method(root, *args, **kwargs)
+    def lending(root, method, decorated, name, args, kwargs):
+        _refuse_to_donate_twice(name, decorated)
+        arrays = bases_of(root).values()
+        with lent(root, shared=isinstance(decorated, JitWrapped)) as stacked:
+            result = method(root, *args, **kwargs)
+        if stacked and any(not isinstance(a, Tracer) and a.is_deleted() for a in arrays):
+            warnings.warn(
+                f"the method {name!r} donates its model, whose stacks of layers make it compile "
+                "anew for each call: write it as a function of the model, outside of the class",
+                stacklevel=3,
+            )
+        return result
 
-    return _subclass(cls.__name__ + "WithRandLora", cls, lending, private=False)
+    return _subclass(cls.__name__ + "WithRandLora", cls, lending, root_class)
 
 
-def _subclass(name, cls, call, private):
-    methods = {}
+def _refuse_to_donate_twice(name: str, decorated: Any) -> None:
+    """Raises a ValueError for a method that donates its model, where layers share no variables."""
+    inner: Any = getattr(getattr(decorated, "jitted_fn", None), "__wrapped__", None)
+    names, numbers = (getattr(inner, f"donate_arg{kind}", ()) for kind in ("names", "nums"))
+    if 0 in numbers or "self" in names:
+        raise ValueError(
+            f"the method {name!r} donates its model without graph updates, where the bases that "
+            "its layers share would be donated once for each: write it as a function of the "
+            "model, `@nnx.jit(donate_argnums=0, ...)`, outside of the class"
+        )
+
+
+class _Ours:
+    """What comes before a user's class in the order of methods, and is none of its bases.
+
+    As a base it would give objects another layout, and they could not change their class.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # A user's own, which may register subclasses or want arguments, is not told of ours.
+        of_nnx: Any = nnx.Module.__init_subclass__
+        of_nnx.__func__(cls, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As the user's class does it, with the way to ours: no module holds it by its name.
+        make, arguments, *state = original_class(self).__reduce_ex__(self, protocol)
+        makers, cls = [], type(self)
+        while cls is not original_class(self):
+            makers.append(vars(cls)["randlora_maker"].__func__)
+            cls = vars(cls)["randlora_class"]
+        by_class = (None if argument is type(self) else argument for argument in arguments)
+        return _unpickled, (cls, tuple(reversed(makers)), make, *by_class), *state
+
+
+@functools.cache
+def _metaclass(of_users: Any) -> Any:
+    """The user's own, with `_Ours` before the classes that it would look at."""
+    name = of_users.__name__
+    if name.startswith(_WITH):
+        return of_users
+
+    def mro(cls):
+        first, *bases = of_users.mro(cls)
+        return [first, _Ours, *(base for base in bases if base is not _Ours)]
+
+    return type(_WITH + name, (of_users,), {"mro": mro})
+
+
+_WITH = "WithRandLora"
+
+
+def _unpickled(cls, makers, make, *arguments):
+    for maker in makers:
+        cls = maker(cls)
+    return make(*(cls if argument is None else argument for argument in arguments))
+
+
+def _subclass(name, cls, call, maker):
+    private = maker is adapted_class  # methods, which only a layer's own class calls
+    methods: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        for key, value in () if base in nnx.Module.__mro__ else vars(base).items():
+        for key, value in () if base in (*nnx.Module.__mro__, _Ours) else vars(base).items():
             # A decorated method can be any descriptor: `nnx.jit` makes one of its own.
             method = callable(value) and hasattr(value, "__get__")
             method = method or isinstance(value, functools.partialmethod)
@@ -59,14 +131,16 @@ def _subclass(name, cls, call, private):
     if not hasattr(cls, "set_view"):
         methods["set_view"] = _set_view
     methods |= {"__module__": cls.__module__, "randlora_class": cls}
-    return type(cls)(name, (cls,), methods, pytree=cls._pytree__is_pytree)
+    methods["randlora_maker"] = staticmethod(maker)
+    meta: Any = type(cls)
+    return _metaclass(meta)(name, (cls,), methods, pytree=cls._pytree__is_pytree)
 
 
 def _wrap(name, value, call):
     @functools.wraps(value, updated=())
     def method(self, *args, **kwargs):
         unbound = lambda module, *args, **kwargs: value.__get__(module)(*args, **kwargs)
-        return call(self, unbound, name, args, kwargs)
+        return call(self, unbound, value, name, args, kwargs)
 
     return method
 
@@ -81,63 +155,15 @@ def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def adapted_modules(root: nnx.Module) -> dict[trees.Path, Any]:
-    """The modules with updates by their paths."""
-    return {path: m for path, m in modules_of(root).items() if "randlora_layer" in vars(m)}
-
-
 @contextlib.contextmanager
-def lend_bases(model: nnx.Module) -> Iterator[None]:
-    """Lets parts of an injected model be called by themselves; its own methods do this already.
-
-    Example:
-      >>> import jax
-      >>> from randlora_jax import RandLoraConfig
-      >>> from randlora_jax.nnx import inject
-      >>> config = RandLoraConfig(r=2, target_modules="all-linear")
-      >>> model = inject(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), config)
-      >>> with lend_bases(model):
-      ...   model.layers[0](jax.numpy.ones(4)).shape
-      (3,)
-    """
-    arrays, lent = bases_of(model), []
-    with _lock:
-        for module in adapted_modules(model).values():
-            users = _users.get(id(module), 0)
-            if users == 0 and "randlora_bases" in vars(module):
-                continue  # the copy of a layer within `nnx.jit`: it came with them
-            if users == 0:
-                _lend(module, arrays)
-            _users[id(module)] = users + 1
-            lent.append(module)
+def all_or_nothing(modules: Iterable[nnx.Module]) -> Iterator[None]:
+    """Sets modules back to the classes and attributes that they had, if what is done here fails."""
+    before = [(module, type(module), dict(vars(module))) for module in modules]
     try:
         yield
-    finally:
-        with _lock:
-            for module in lent:
-                _users[id(module)] -= 1
-                if _users[id(module)] == 0:
-                    del _users[id(module)]
-                    del module.randlora_bases
-
-
-# How many calls an adapted module has the bases for: threads, and methods that call each other.
-_users: dict[int, int] = {}
-_lock = threading.Lock()
-
-
-def _lend(module: Any, arrays: Bases) -> None:
-    kernels = module.randlora_layer.kernels
-    stacked = any(getattr(module, kernel.name).ndim > len(kernel.shape) for kernel in kernels)
-    value: Any = ClosedOver(arrays)
-    if not stacked:
-        # Variables of its own, on the same arrays: two layers can't share one in tree mode.
-        value = {key: RandLoraBasis(array) for key, array in arrays.items()}
-    # A model that was closed over is of another trace, where NNX's `__setattr__` would refuse.
-    nodes = module._pytree__nodes.update({"randlora_bases": not stacked})
-    vars(module).update(randlora_bases=value, _pytree__nodes=nodes)
-
-
-def bases_of(root: nnx.Module) -> Bases:
-    """The arrays at an injected model's root: its bases."""
-    return {k: getattr(root, k).get_value() for k in BASES if k in vars(root)}
+    except BaseException:
+        for module, cls, attributes in before:
+            set_class(module, cls)
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise

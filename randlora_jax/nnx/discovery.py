@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,13 @@ from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.left_out import warn_of_left_out
 from randlora_jax.registry import (
     LayerRule,
     Parameters,
+    add_no_linear_layers,
     add_rule,
+    check_has_kernel,
     check_orientation,
     check_parameters,
     raw_kernels,
@@ -53,11 +56,30 @@ _RULES = (
 )
 for _rule in _RULES:
     add_rule(_rule)
+add_no_linear_layers(
+    *(nnx.Embed, nnx.Conv, nnx.ConvTranspose, nnx.PReLU, nnx.LoRA),
+    *(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm),
+    *(nnx.WeightNorm, nnx.SpectralNorm),
+)
+
+
+def original_class(module: Any) -> Any:
+    """A module's class as the user wrote it; the root of a model can be a layer too."""
+    cls = type(module)
+    while hasattr(cls, "randlora_class"):
+        cls = cls.randlora_class
+    return cls
 
 
 def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
     """A model's modules by path; the third of a list is "2"."""
     return {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def variables_of(model: nnx.Module) -> dict[trees.Path, nnx.Variable[Any]]:
+    """A model's variables by path, those in dictionaries of its modules too."""
+    nodes = nnx.iter_graph(model)
+    return {tuple(map(str, path)): v for path, v in nodes if isinstance(v, nnx.Variable)}
 
 
 def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> list[Site]:
@@ -71,23 +93,35 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
     for path, module in modules.items():
         name, rule = trees.dotted(path), rule_for(type(module))
         own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
-        known[name] = type(module), rule is not None
+        known[name] = original_class(module), rule is not None and rule.kernel in own
         if rule is not None and targets.selection(config, name) is not Selection.NO:
-            if rule.kernel not in own:
-                raise ValueError(
-                    f"{name!r} has no nnx.Variable {rule.kernel!r}, its class's kernel"
-                )
-            sites.append(_site(path, module, rule, own[rule.kernel].get_value(), config))
+            check_has_kernel(rule, name, own, config)
+            if rule.kernel in own:
+                sites.append(_site(path, module, rule, own[rule.kernel].get_value(), config))
         values = {label: variable.get_value() for label, variable in own.items()}
         paths += [(*path, label) for label in own]
         for target, kernel in raw_kernels(name, values, parameters).items():
             sites.append(Site(path, kernel))
-            known[target] = type(module), True
+            known[target] = original_class(module), True
     check_parameters(parameters, map(trees.dotted, paths))
-    targets.check(config, known)
+    names = map(trees.dotted, [*paths, *variables_of(modules[()])])
+    targets.check(config, known, parameters=dict.fromkeys(names))
     _refuse_tied(modules, sites)
     check_orientation(sites, config)
     return select_layers({site.path: site for site in sites}.values(), config)
+
+
+def tell_left_out(
+    modules: Modules, sites: Mapping[str, Sequence[Site]], configs: Mapping[str, RandLoraConfig]
+) -> None:
+    """Warns of what "all-linear" leaves out."""
+    shapes = {
+        path: variable.get_value().shape
+        for path, variable in variables_of(modules[()]).items()
+        if isinstance(variable, nnx.Param) and not path[-1].startswith("randlora_")
+    }
+    classes = {trees.dotted(path): original_class(module) for path, module in modules.items()}
+    warn_of_left_out(shapes, sites, configs, classes)
 
 
 def variable_of(modules: Modules, site: Site) -> nnx.Variable[Any]:

@@ -10,43 +10,22 @@ from typing import Any
 from flax import nnx
 
 from randlora_jax import updates
-from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.nnx.discovery import original_class
+from randlora_jax.nnx.lending import STRENGTH, lent_to
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
-
-BASES = ("randlora_A", "randlora_B", "randlora_scale")
 
 
 class RandLoraParam(nnx.LoRAParam[Any]):
     """Scales: what trains."""
 
 
-class RandLoraBasis(nnx.Variable[Any]):
-    """Bases, and which layers of a stack have an update: saved with the model, never trained."""
+# As the collection is called in Linen: so that it is what it is across Flax's bridges too.
+nnx.register_variable_name("randlora", RandLoraParam, overwrite=True)
 
 
-class ClosedOver:
-    """Bases in a graph's definition, for stacks: equal if they are the same arrays.
-
-    NNX slices what is in a stack's state along its leading axis, which bases don't have. What is
-    closed over, however, no cache of `nnx.jit` or `nnx.remat` knows of: in the definition they see
-    it.
-    """
-
-    def __init__(self, arrays: Bases):
-        self.arrays = arrays
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ClosedOver) and all(
-            self.arrays.get(key) is other.arrays.get(key) for key in BASES
-        )
-
-    def __hash__(self) -> int:
-        return hash(tuple(id(self.arrays.get(key)) for key in BASES))
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdaptedLayer:
     """The static part of an adapted module, its attribute `randlora_layer`.
 
@@ -59,13 +38,9 @@ class AdaptedLayer:
     adapters: tuple[tuple[str, RandLoraConfig], ...]
     strategy: Strategy
 
-
-def original_class(module: Any) -> Any:
-    """A module's class as the user wrote it; the root of a model can be a layer too."""
-    cls = type(module)
-    while hasattr(cls, "randlora_class"):
-        cls = cls.randlora_class
-    return cls
+    def __repr__(self) -> str:  # the configs, at the root, would be a page for every layer
+        kernels, adapters = (kernel.name for kernel in self.kernels), (n for n, _ in self.adapters)
+        return f"AdaptedLayer({', '.join(kernels)}: {', '.join(filter(None, adapters)) or 'one'})"
 
 
 def holder(module: Any, kernel: Kernel) -> Any:
@@ -95,12 +70,15 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
     ]
     if not active:
         return method(module, *args, **kwargs)
-    bases, found = _lent_bases(module), []
+    bases, found = lent_to(module), []
     for kernel, adapter, config in active:
         lam, gamma = (scale.get_value() for scale in scales_of(module, kernel, adapter))
         mask = getattr(module, scale_name("randlora_rows", adapter), None)
         if mask is not None:
             lam = lam * mask.get_value().astype(lam.dtype)
+        strength = bases.get(scale_name(STRENGTH, adapter))
+        if strength is not None:
+            lam = lam * strength.astype(lam.dtype)
         dropout = _dropout(module, config)
         target = f"{original_class(module).__name__}.{kernel.name}"
         scales = lam, gamma
@@ -135,25 +113,18 @@ class NnxCall(updates.Call):
     def _on_view(self, changes: Mapping[str, Any], args: Any) -> Any:
         """Calls the method on a view: the module as its own class made it, but for the changes."""
         view = object.__new__(self.cls)
-        vars(view).update(vars(self.layer), **changes)
+        labels = {label for kernel in self.layer.randlora_layer.kernels for label in kernel.label}
+        own = {
+            name: value
+            for name, value in vars(self.layer).items()
+            if name not in labels and not name.startswith("randlora_")
+        }
+        vars(view).update(own, **changes)
         y = self.function(view, *args, **self.kwargs)
         # What the method has stored, as `sow` and caches do, belongs to the module.
         stored = {name: value for name, value in vars(view).items() if name not in changes}
         vars(self.layer).update(stored)
         return y
-
-
-def _lent_bases(module: Any) -> Bases:
-    lent = getattr(module, "randlora_bases", None)
-    if lent is None:
-        raise RuntimeError(
-            f"an adapted {original_class(module).__name__} was called outside of its model, "
-            "which holds its bases: call the model or a method of it, or do this within "
-            "`with randlora_jax.nnx.lend_bases(model):`"
-        )
-    if isinstance(lent, ClosedOver):
-        return lent.arrays
-    return {key: variable.get_value() for key, variable in lent.items()}
 
 
 def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:

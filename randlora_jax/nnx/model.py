@@ -7,8 +7,6 @@ at the root of the model.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -22,21 +20,22 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
-from randlora_jax.nnx.attaching import attach, attach_dropout, axis_names, kernels_by_module
-from randlora_jax.nnx.classes import adapted_class, adapted_modules, root_class, set_class
-from randlora_jax.nnx.discovery import find, modules_of, variable_of
-from randlora_jax.nnx.layers import AdaptedLayer, RandLoraBasis, original_class
+from randlora_jax.nnx.attaching import Adapters, Scales, attach, axis_names, given_scales
+from randlora_jax.nnx.classes import all_or_nothing, root_class, set_class
+from randlora_jax.nnx.discovery import find, modules_of, original_class, tell_left_out, variable_of
+from randlora_jax.nnx.lending import RandLoraBasis, adapted_modules, unsettle
 from randlora_jax.nnx.state import (
+    active_of,
     base_variables,
-    check_same,
     config_of,
+    set_config,
     set_params,
+    strengths_of,
     update,
     variables,
 )
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sites import Site
-from randlora_jax.stored import sites_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -113,59 +112,32 @@ def inject(
             name = trees.dotted(path) or "(root)"
             raise ValueError(f"{name!r} is injected already: merge or remove that first")
     sites = {name: find(modules, one, parameters or {}) for name, one in configs.items()}
-    variables = [variable_of(modules, site) for own in sites.values() for site in own]
+    kernels = [variable_of(modules, site) for own in sites.values() for site in own]
+    base = base_variables(model)
+    scales: Mapping[str, Scales]
     if values is None:
         make = lambda: initial_values(configs, sites, bases_dtype)
-        abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables)
+        abstract = any(isinstance(k.get_value(), jax.ShapeDtypeStruct) for k in kernels)
         scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases, scales = values["randlora_bases"], {}
-        for name, one in configs.items():
-            given = values["randlora"].get(name, {}) if name else values["randlora"]
-            stored = (site.stored_scales(one.r) for site in sites[name])
-            check_same(given, trees.build(dict(collections.ChainMap(*stored))))
-            together = {"randlora": given, "randlora_bases": bases, **base_variables(model)}
-            sites_of(together, one, guess=True)
-            scales[name] = dict(trees.items(given))
-    stream: Any = None
-    if rngs is not None and any(one.randlora_dropout for one in configs.values()):
-        stream = rngs["dropout"]
-    for name, one in configs.items():
-        for site in sites[name]:
-            attach(modules[site.module], site, name, scales[name])
-            if one.randlora_dropout:
-                attach_dropout(modules[site.module], site.stack, stream)
-    adapters = tuple(named.active(config, active).items())
-    for path, kernels in kernels_by_module(sites).items():
-        layer: Any = modules[path]
-        layer.randlora_layer = AdaptedLayer(kernels, adapters, strategy)
-        layer_class: Any = type(layer)
-        set_class(layer, adapted_class(layer_class))
+        bases = values["randlora_bases"]
+        given = {name: values["randlora"].get(name, {}) for name in configs if name}
+        given = given or {"": values["randlora"]}
+        together = {**base, "randlora_bases": bases}
+        scales = {n: given_scales(given[n], configs[n], sites[n], together) for n in configs}
+    tell_left_out(modules, sites, configs)
     # Every device needs all of the bases, as they are.
-    sharded = any(axis_names(variable) is not None for variable in variables)
-    for key, value in bases.items():
-        metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
-        setattr(model, key, RandLoraBasis(value, **metadata))
-    root: Any = model
-    root.randlora_config = config if isinstance(config, RandLoraConfig) else tuple(config.items())
-    set_class(model, root_class(type(model)))
+    sharded = any(axis_names(kernel) is not None for kernel in kernels)
+    with all_or_nothing(modules.values()):
+        new = Adapters(configs, sites, scales)
+        attach(model, modules, new, tuple(named.active(config, active).items()), strategy, rngs)
+        for key, value in bases.items():
+            metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
+            setattr(model, key, RandLoraBasis(value, **metadata))
+        set_config(model, config)
+        set_class(model, root_class(type(model)))
     set_params(model, {} if values is None else values.get("params", {}))
     return model
-
-
-def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
-    """Switches adapters: the updates of the `names` are summed from now on; () is the base alone.
-
-    Example:
-      >>> configs = {n: RandLoraConfig(r=2, target_modules="all-linear") for n in ("a", "b")}
-      >>> model = inject(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), configs)
-      >>> set_active(model, ("b",))
-    """
-    config = config_of(model)
-    named.check(config, names)
-    active = tuple(named.active(config, names).items())
-    for module in adapted_modules(model).values():
-        module.randlora_layer = dataclasses.replace(module.randlora_layer, adapters=active)
 
 
 def load_adapter(
@@ -186,23 +158,28 @@ def load_adapter(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an NNX module, got a {type(model).__name__}: path first")
-    loaded, config = checkpoint.load_adapter(path, base_variables(model))
-    if "randlora_config" not in vars(model):
-        inject(model, config, values=loaded, **options)
-    elif config_of(model) == config:
+    injected = "randlora_config" in vars(model)
+    own = config_of(model) if injected else None
+    if isinstance(own, dict):
+        raise ValueError(
+            f"the model has the adapters {sorted(own)}: to add this one to them, `loaded, config = "
+            "randlora_jax.load_adapter(path, variables(model))`, then `insert(model, name, config, "
+            "values=loaded)`"
+        )
+    loaded, config = checkpoint.load_adapter(path, base_variables(model), own)
+    if injected:
         update(model, loaded)
     else:
-        raise ValueError(
-            f"{path} has another config than the adapter that the model has: merge or remove that "
-            f"first. They are {config} and {config_of(model)}"
-        )
+        inject(model, config, values=loaded, **options)
     return config
 
 
 def merge(model: Model, *, safe: bool = True) -> Model:
     """Folds the active updates into the kernels, and takes away what `inject` added.
 
-    Computed in float32 and rounded once to each kernel's dtype; shardings stay.
+    Computed in float32 and rounded once to each kernel's dtype; shardings stay. To undo it, keep
+    `values = variables(model)` before, and `inject(model, config, values=values)` after: that puts
+    the old kernels back, bit for bit.
 
     Args:
       model: an injected model; it is changed in place.
@@ -211,14 +188,14 @@ def merge(model: Model, *, safe: bool = True) -> Model:
     Raises:
       ValueError: naming the layer, if its merged kernel is not finite; nothing is changed then.
     """
-    known, active = {}, {}
+    known = {}
     for path, module in adapted_modules(model).items():
-        active = dict(module.randlora_layer.adapters)
         for kernel in module.randlora_layer.kernels:
             site = Site(path, kernel)
             known[site.path] = site
-    values, config = variables(model), config_of(model)
-    params = merging.merge_adapters(values, config, active, known, safe=safe)
+    config, strengths = config_of(model), strengths_of(model)
+    values = named.with_strength(variables(model), config, strengths)
+    params = merging.merge_adapters(values, config, active_of(model), known, safe=safe)
     set_params(model, params)
     return remove(model)
 
@@ -227,12 +204,15 @@ def remove(model: Model) -> Model:
     """Takes away what `inject` added, and leaves the parameters as they are."""
     config_of(model)
     layers = adapted_modules(model).values()
-    for module in layers:
-        labels = {label for kernel in module.randlora_layer.kernels for label in kernel.label}
-        for key in labels | ({"deterministic"} if hasattr(module, "randlora_switch") else set()):
-            delattr(module, key)
-    for module in (*layers, model):
-        set_class(module, original_class(module))
-        for key in [key for key in vars(module) if key.startswith("randlora_")]:
-            delattr(module, key)
+    with all_or_nothing((*layers, model)):
+        for module in layers:
+            unsettle(module)
+            labels = {label for kernel in module.randlora_layer.kernels for label in kernel.label}
+            labels |= {"deterministic"} if hasattr(module, "randlora_switch") else set()
+            for key in labels:
+                delattr(module, key)
+        for module in (*layers, model):
+            set_class(module, original_class(module))
+            for key in [key for key in vars(module) if key.startswith("randlora_")]:
+                delattr(module, key)
     return model

@@ -12,9 +12,9 @@ from flax import nnx
 from randlora_jax import training, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.nnx.classes import adapted_modules, bases_of
-from randlora_jax.nnx.layers import RandLoraBasis, RandLoraParam, has_scales, scales_of
-from randlora_jax.sites import SCALES, Stack
+from randlora_jax.nnx.layers import RandLoraParam, has_scales, scales_of
+from randlora_jax.nnx.lending import STRENGTH, RandLoraBasis, adapted_modules, bases_of
+from randlora_jax.sites import SCALES, Stack, scale_name
 from randlora_jax.stacks import part_of_stack
 
 # The state that `inject` adds to a model's; all other state is as it was.
@@ -66,10 +66,17 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
         getattr(model, key).set_value(value)
 
 
-def trainable(model: nnx.Module) -> nnx.filterlib.Filter:
+def trainable(model: nnx.Module, names: tuple[str, ...] | None = None) -> nnx.filterlib.Filter:
     """The filter for what trains, for `nnx.Optimizer(wrt=...)` and `nnx.DiffState`.
 
-    `RandLoraParam` alone, unless the config's `bias` or `modules_to_save` add parameters.
+    The scales of the active adapters, and what the config's `bias` or `modules_to_save` add.
+
+    Args:
+      model: an injected model.
+      names: of several adapters, those to train instead.
+
+    Raises:
+      ValueError: for a name that is none of the adapters'.
 
     Example:
       >>> from randlora_jax.nnx import inject
@@ -78,14 +85,14 @@ def trainable(model: nnx.Module) -> nnx.filterlib.Filter:
       >>> sorted(path[-1] for path, _ in nnx.to_flat_state(nnx.state(model, trainable(model))))
       ['bias', 'randlora_gamma', 'randlora_lambda']
     """
-    values, configs = variables(model), named.by_name(config_of(model))
-    if len(configs) > 1:
-        return RandLoraParam  # several adapters train nothing else
-    ((name, config),) = configs.items()
-    one = {**values, "randlora": named.scales_of(values, name)}
-    labels = dict(trees.items(training.labels(one, config)["params"]))
+    config = config_of(model)
+    named.check(config, names)
+    chosen = frozenset(active_of(model) if names is None else names)
+    everything = chosen == set(named.by_name(config))
+    scales = RandLoraParam if everything else nnx.All(RandLoraParam, _Adapters(chosen))
+    labels = dict(trees.items(training.labels(variables(model), config)["params"]))
     paths = frozenset(path for path, label in labels.items() if label != training.FROZEN)
-    return nnx.Any(RandLoraParam, _Paths(paths)) if paths else RandLoraParam
+    return nnx.Any(scales, _Paths(paths)) if paths else scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,17 @@ class _Paths:
         return tuple(map(str, path)) in self.paths
 
 
+@dataclasses.dataclass(frozen=True)
+class _Adapters:
+    """The same, of the scales of some adapters."""
+
+    names: frozenset[str]
+
+    def __call__(self, path, value) -> bool:
+        del value
+        return str(path[-1]).partition(":")[2] in self.names
+
+
 def config_of(model: nnx.Module) -> RandLoraConfig | dict[str, RandLoraConfig]:
     """What the model was injected with.
 
@@ -108,6 +126,24 @@ def config_of(model: nnx.Module) -> RandLoraConfig | dict[str, RandLoraConfig]:
     if config is None:
         raise ValueError(f"the {type(model).__name__} has no adapter: inject(model, config) first")
     return config if isinstance(config, RandLoraConfig) else dict(config)
+
+
+def set_config(model: Any, config: named.Configs) -> None:
+    """Notes at the root what `config_of` reads."""
+    model.randlora_config = config if isinstance(config, RandLoraConfig) else tuple(config.items())
+
+
+def active_of(model: nnx.Module) -> dict[str, RandLoraConfig]:
+    """The adapters whose updates are summed."""
+    layers = adapted_modules(model).values()
+    return dict(next(layer.randlora_layer.adapters for layer in layers))
+
+
+def strengths_of(model: nnx.Module) -> dict[str, Any]:
+    """The strengths that were set, by the names of the adapters."""
+    names = {name: scale_name(STRENGTH, name) for name in named.by_name(config_of(model))}
+    there = vars(model)
+    return {name: there[key].get_value() for name, key in names.items() if key in there}
 
 
 def base_variables(model: nnx.Module) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""How the bases, one pair at an injected model's root, reach the layers that compute with them.
+
+A call of the root lends them to its layers, as attributes: so they are arguments of whatever
+`nnx.jit` or `nnx.remat` comes between, whose caches would not notice that something closed over has
+changed. A layer that is called otherwise, by a method that was bound before `inject` or in a
+generator, knows its root, as long as it is no copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from randlora_jax import trees
+from randlora_jax.nnx.discovery import modules_of, original_class
+
+BASES = ("randlora_A", "randlora_B", "randlora_scale")
+STRENGTH = "randlora_strength"  # of an adapter, where it was set: `sites.scale_name` names it
+
+Arrays = dict[str, jax.Array]
+
+
+class RandLoraBasis(nnx.Variable[Any]):
+    """Bases, strengths, and which layers of a stack have an update: saved, and never trained."""
+
+
+# As the collection is called in Linen: so that it is what it is across Flax's bridges too.
+nnx.register_variable_name("randlora_bases", RandLoraBasis, overwrite=True)
+
+
+class ClosedOver:
+    """What is lent in a graph's definition, to stacks: equal if it is the same arrays.
+
+    NNX slices what is in a stack's state along its leading axis, which bases don't have. What is
+    closed over, however, no cache of `nnx.jit` or `nnx.remat` knows of: in the definition they see
+    it.
+    """
+
+    def __init__(self, arrays: Arrays):
+        self.arrays = arrays
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClosedOver) and self._ids() == other._ids()
+
+    def __hash__(self) -> int:
+        return hash(self._ids())
+
+    def _ids(self) -> frozenset[tuple[str, int]]:
+        return frozenset((key, id(array)) for key, array in self.arrays.items())
+
+
+def adapted_modules(root: nnx.Module) -> dict[trees.Path, Any]:
+    """The modules with updates by their paths."""
+    return {path: m for path, m in modules_of(root).items() if "randlora_layer" in vars(m)}
+
+
+def bases_of(root: nnx.Module) -> Arrays:
+    """The arrays at an injected model's root: its bases."""
+    return {k: getattr(root, k).get_value() for k in BASES if k in vars(root)}
+
+
+@contextlib.contextmanager
+def lend_bases(model: nnx.Module) -> Iterator[None]:
+    """Lets copies of a model's parts be called, as `nnx.jit` makes them of its arguments.
+
+    The model's own methods do this already, and its parts need nothing where they are no copies.
+
+    Example:
+      >>> from randlora_jax import RandLoraConfig
+      >>> from randlora_jax.nnx import inject
+      >>> config = RandLoraConfig(r=2, target_modules="all-linear")
+      >>> model = inject(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), config)
+      >>> call = nnx.jit(lambda layer, x: layer(x))
+      >>> with lend_bases(model):
+      ...   call(model.layers[0], jax.numpy.ones(4)).shape
+      (3,)
+    """
+    with lent(model):
+        yield
+
+
+@contextlib.contextmanager
+def lent(root: nnx.Module, *, shared: bool = False) -> Iterator[bool]:
+    """`lend_bases`; gives whether there is a stack among the layers.
+
+    Args:
+      root: the model.
+      shared: whether the layers get the root's own variables, of which a transform that donates
+        them finds one each; others refuse a variable that is in two places.
+    """
+    variables, ours = _variables_of(root), []
+    with _lock:
+        for module in adapted_modules(root).values():
+            settle(module, root)
+            users = _users.get(id(module), 0)
+            if users == 0 and "randlora_bases" in vars(module):
+                continue  # the copy of a layer within `nnx.jit`: it came with them
+            if users == 0:
+                _lend(module, variables, shared)
+            _users[id(module)] = users + 1
+            ours.append(module)
+    try:
+        yield any(isinstance(module.randlora_bases, ClosedOver) for module in ours)
+    finally:
+        with _lock:
+            for module in ours:
+                _users[id(module)] -= 1
+                if _users[id(module)] == 0:
+                    del _users[id(module)]
+                    del module.randlora_bases
+
+
+# How many calls an adapted module has the bases for: threads, and methods that call each other.
+_users: dict[int, int] = {}
+_lock = threading.RLock()
+# Each adapted module's root, by the module's id: it need not be hashable.
+_homes: dict[int, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+
+
+def settle(module: Any, root: nnx.Module) -> None:
+    """Notes a module's root, for calls that don't come from it."""
+    key = id(module)
+    _homes[key] = weakref.ref(module, lambda _: _homes.pop(key, None)), weakref.ref(root)
+
+
+def unsettle(module: Any) -> None:
+    """Forgets a module's root."""
+    _homes.pop(id(module), None)
+
+
+def lent_to(module: Any) -> Arrays:
+    """The bases, and the strengths that were set, for a module.
+
+    Raises:
+      RuntimeError: for a copy that was not lent any.
+    """
+    found = vars(module).get("randlora_bases")
+    if isinstance(found, ClosedOver):
+        return found.arrays
+    if found is None:
+        root = _homes[id(module)][1]() if id(module) in _homes else None
+        if root is None:
+            raise RuntimeError(
+                f"an adapted {original_class(module).__name__} was called outside of its model, "
+                "which holds its bases: call the model or a method of it, taken from it after "
+                "inject, or do this within `with randlora_jax.nnx.lend_bases(model):`"
+            )
+        found = _variables_of(root)
+    return {key: variable.get_value() for key, variable in found.items()}
+
+
+def _variables_of(root: nnx.Module) -> dict[str, nnx.Variable[Any]]:
+    return {k: v for k, v in vars(root).items() if k in BASES or k.partition(":")[0] == STRENGTH}
+
+
+def _lend(module: Any, variables: dict[str, nnx.Variable[Any]], shared: bool) -> None:
+    kernels = module.randlora_layer.kernels
+    stacked = any(getattr(module, kernel.name).ndim > len(kernel.shape) for kernel in kernels)
+    value: Any
+    if stacked:
+        value = ClosedOver({key: variable.get_value() for key, variable in variables.items()})
+    elif shared:
+        value = dict(variables)
+    else:  # variables of its own, on the same arrays: two layers can't share one in tree mode
+        value = {key: RandLoraBasis(v.get_value()) for key, v in variables.items()}
+    # A model that was closed over is of another trace, where NNX's `__setattr__` would refuse.
+    nodes = module._pytree__nodes.update({"randlora_bases": not stacked})
+    vars(module).update(randlora_bases=value, _pytree__nodes=nodes)
