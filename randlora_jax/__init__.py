@@ -2,7 +2,7 @@
 
 from randlora_jax import adapters, peft
 from randlora_jax.bases import draw as draw_bases
-from randlora_jax.budget import matching_rank, num_parameters
+from randlora_jax.budget import matching_config, num_parameters
 from randlora_jax.checkpoint import AdapterRestore, AdapterSave, load_adapter, save_adapter
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.merging import merge
@@ -25,7 +25,7 @@ __all__ = [
     "draw_bases",
     "labels",
     "load_adapter",
-    "matching_rank",
+    "matching_config",
     "merge",
     "num_parameters",
     "partition",

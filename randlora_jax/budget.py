@@ -22,14 +22,16 @@ def num_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:
     return sum(num_bases(small, r) * (r + small) for small in smaller)
 
 
-def matching_rank(
+def matching_config(
     variables: trees.Tree,
     config: RandLoraConfig,
     *,
     lora_rank: int | None = None,
     max_parameters: int | None = None,
-) -> int:
-    """The r whose parameter count comes nearest to a budget from below.
+) -> RandLoraConfig:
+    """The config with the r whose parameter count comes nearest to a budget from below.
+
+    `randlora_alpha` goes with r, so that the scaling of the updates stays what it is in `config`.
 
     Args:
       variables: of the model, adapted with any r (under `jax.eval_shape` it costs nothing).
@@ -46,8 +48,9 @@ def matching_rank(
       >>> config = RandLoraConfig(target_modules="all-linear")
       >>> model = RandLora(nn.Dense(64), config)
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 64)))
-      >>> matching_rank(variables, config, lora_rank=8)  # LoRA trains 1,024, this 897
-      5
+      >>> found = matching_config(variables, config, lora_rank=8)  # LoRA: 1,024, this: 897
+      >>> found.r, found.randlora_alpha, found.scaling == config.scaling
+      (5, 100.0, True)
     """
     check_variables(variables, "params", "randlora", "randlora_bases")
     check_config(config)
@@ -67,4 +70,5 @@ def matching_rank(
         raise ValueError(
             f"no r trains as few as {max_parameters:,} parameters: the least is {least:,}"
         )
-    return max(within, key=lambda r: (counts[r], -r))
+    r = max(within, key=lambda r: (counts[r], -r))
+    return config.replace(r=r, randlora_alpha=config.randlora_alpha * r / config.r)

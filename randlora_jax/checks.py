@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax.config import RandLoraConfig
@@ -25,6 +27,8 @@ def check_variables(variables: Any, *needed: str) -> None:
         raise TypeError(f"variables must be a dictionary of collections, got {_mix_up(variables)}")
     missing = [name for name in needed if name not in variables]
     if not missing:
+        if BASES in needed and "randlora_A" not in variables[BASES]:
+            _refuse_part_of_a_model(variables[BASES])
         return
     there = sorted(map(str, variables))
     if PARAMS in missing and SCALES in variables and BASES not in variables:
@@ -36,6 +40,22 @@ def check_variables(variables: Any, *needed: str) -> None:
     else:
         cure = "no adapter: RandLora(base, config).adapt(variables, x) or rl.load_adapter adds one"
     raise ValueError(f"variables has the collections {there} and no {missing[0]!r}: {cure}")
+
+
+def _refuse_part_of_a_model(bases: Any) -> None:
+    """Raises a ValueError for bases that are not at the root: RandLora is within another module."""
+    path = []
+    while isinstance(bases, Mapping) and len(bases) == 1 and "randlora_A" not in bases:
+        ((name, bases),) = bases.items()
+        path.append(f"[{name!r}]")
+    within = isinstance(bases, Mapping) and "randlora_A" in bases
+    cure = (
+        "the adapted model is a part of another one, so take that part of each collection: "
+        f"{{name: tree{''.join(path)} for name, tree in variables.items()}}"
+        if within
+        else "RandLora(base, config).adapt(variables, x) gives them"
+    )
+    raise ValueError(f"variables has no 'randlora_A' in 'randlora_bases': {cure}")
 
 
 def check_config(config: Any, *, several: bool = False) -> None:
@@ -88,6 +108,10 @@ def _mix_up(value: Any) -> str:
         return "an NNX model: give randlora_jax.nnx.variables(model)"
     if isinstance(value, nn.Module):
         return "a Linen module: give the variables that its init or adapt returns"
+    if isinstance(value, jax.Array):
+        key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == jnp.uint32
+        kind = "a random key: init(key, x) makes variables" if key else "an array"
+        return f"{kind}; the variables come first, then the inputs, as in adapt(variables, x)"
     if isinstance(value, RandLoraConfig):
         return "a RandLoraConfig: the variables come first, then the config"
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], RandLoraConfig):

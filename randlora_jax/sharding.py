@@ -77,7 +77,7 @@ def sharding(
         named = [None if set(data_axes) & set(_mesh_axes(entry)) else entry for entry in layer]
         for scale, axes in site.scale_axes(site.stack.join(named, stack)).items():
             specs[("randlora", *site.path, scale)] = P(*axes)
-    return trees.build({path: NamedSharding(on, spec) for path, spec in specs.items()})
+    return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
 
 
 def _spec(leaf: Any) -> P:

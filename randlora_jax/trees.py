@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.core import FrozenDict
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
@@ -41,9 +42,14 @@ def build(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree) -> dict[str, Any]:
-    """The same tree with `fn(path, leaf)` in place of each leaf."""
-    return build({path: fn(path, leaf) for path, leaf in items(tree)})
+def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, prefix: Path = ()) -> dict[str, Any]:
+    """The same tree with `fn(path, leaf)` in place of each leaf; what is frozen in it stays so."""
+    mapped: dict[str, Any] = {}
+    for key, node in tree.items():
+        path = (*prefix, key)
+        mapped[key] = map_with_path(fn, node, path) if isinstance(node, Mapping) else fn(path, node)
+    frozen: Any = FrozenDict(mapped) if isinstance(tree, FrozenDict) else mapped
+    return frozen
 
 
 def filtered(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:

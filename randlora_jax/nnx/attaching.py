@@ -50,13 +50,14 @@ def attach(
                 _attach_dropout(modules[site.module], site.stack, stream)
     for path, kernels in _kernels_by_module(new.sites).items():
         layer = modules[path]
-        if "randlora_layer" in vars(layer):
-            kernels = dict.fromkeys((*layer.randlora_layer.kernels, *kernels))
-        else:
+        adapted = "randlora_layer" in vars(layer)
+        before = layer.randlora_layer.kernels if adapted else ()
+        together = tuple(dict.fromkeys((*before, *kernels)))
+        layer.randlora_layer = AdaptedLayer(together, active, strategy)
+        if not adapted:
             cls: Any = type(layer)
             set_class(layer, adapted_class(cls))
             settle(layer, model)
-        layer.randlora_layer = AdaptedLayer(tuple(kernels), active, strategy)
 
 
 def given_scales(

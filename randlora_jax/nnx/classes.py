@@ -23,6 +23,9 @@ from randlora_jax.nnx.lending import bases_of, lent
 # Operators that a layer can define to be used by.
 _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
 
+# Methods that NNX calls: on a module as it is.
+_NNX_CALLS = ("set_view", "_setattr")
+
 
 @functools.cache
 def adapted_class(cls: type[nnx.Module]) -> type[nnx.Module]:
@@ -124,7 +127,7 @@ def _subclass(name, cls, call, maker):
             method = method or isinstance(value, functools.partialmethod)
             method = method and not isinstance(value, (type, staticmethod))
             own = key in _OPERATORS if key.startswith("__") else private or key[0] != "_"
-            if method and own and key != "set_view":
+            if method and own and key not in _NNX_CALLS:
                 methods[key] = _wrap(key, value, call)
             else:
                 methods.pop(key, None)

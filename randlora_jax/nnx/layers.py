@@ -130,5 +130,10 @@ class NnxCall(updates.Call):
 def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:
     if config.randlora_dropout == 0 or module.deterministic:
         return None
+    if module.randlora_rngs is None:
+        raise ValueError(
+            f"randlora_dropout={config.randlora_dropout} has nothing to draw from: inject(model, "
+            "config, rngs=nnx.Rngs(0)) gives it, and model.eval() switches the dropout off"
+        )
     layer = nnx.Dropout(config.randlora_dropout, deterministic=False)
     return functools.partial(layer, rngs=module.randlora_rngs)

@@ -247,7 +247,8 @@ class RandLoraDotGeneral:
         }
         if kernel is not None:
             operands["kernel"] = kernel
-        y = _product(spec, operands)
+        # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
+        y = _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 

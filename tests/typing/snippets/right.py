@@ -103,8 +103,8 @@ def several(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
 
 def reports(variables: Mapping[str, Any], config: rl.RandLoraConfig, mesh: Any) -> None:
     assert_type(rl.summary(variables, config, tokens=3, strategy="auto"), str)
-    assert_type(rl.matching_rank(variables, config, lora_rank=16), int)
-    assert_type(rl.matching_rank(variables, config, max_parameters=1000), int)
+    assert_type(rl.matching_config(variables, config, lora_rank=16), rl.RandLoraConfig)
+    assert_type(rl.matching_config(variables, config, max_parameters=1000), rl.RandLoraConfig)
     assert_type(rl.num_parameters([(8, 8)], r=2), int)
     assert_type(rl.labels(variables, config), dict[str, Any])
     assert_type(rl.split(variables, config), tuple[dict[str, Any], dict[str, Any]])

@@ -86,8 +86,8 @@ def several(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
 def reports(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
     rl.summary(variables, config, token=3)  # wrong: token
     rl.summary(variables, config, strategy="fast")  # wrong: strategy
-    rl.matching_rank(variables, config, lora="x")  # wrong: lora
-    rl.matching_rank(variables, config, lora_rank="x")  # wrong: lora_rank
+    rl.matching_config(variables, config, lora="x")  # wrong: lora
+    rl.matching_config(variables, config, lora_rank="x")  # wrong: lora_rank
     rl.num_parameters([8], r=2)  # wrong: int
     rl.split(variables)  # wrong: config
     rl.labels(config, variables)  # wrong: RandLoraConfig
