@@ -128,7 +128,7 @@ def test_a_model_in_the_nnx_bridge_computes_what_it_computes_in_linen():
     plain = nnx.bridge.lazy_init(nnx.bridge.ToNNX(Block(), rngs=nnx.Rngs(0)), X)
     assert_same_bits(model(X), plain(X))
     kinds = {v.type.__name__ for _, v in nnx.to_flat_state(nnx.state(model))}
-    assert {"Param", "randlora", "randlora_bases"} <= kinds
+    assert {"Param", "RandLoraParam", "RandLoraBasis"} <= kinds
 
 
 # Transforms that would come between a layer and its scales

@@ -4,7 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax.core import freeze
+from flax.errors import ScopeParamShapeError
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
@@ -162,6 +165,38 @@ def test_an_adapted_model_is_still_a_linen_module():
     table = model.tabulate(jax.random.key(0), X, console_kwargs={"width": 200})
     assert "layers_0/up" in table and "randlora" in table
     assert {"head", "layers_1/down"} <= set(model.module_paths(jax.random.key(0), X))
+
+
+def test_an_input_of_another_size_is_told_with_the_layer():
+    config = rl.RandLoraConfig(**ALL)
+    adapted = linen(config)
+    with pytest.raises(ScopeParamShapeError, match=r'"kernel" in "/layers_0/up".*\(4, 7\)'):
+        RandLora(Model(), config).apply(adapted, X[:, :4])
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return RandLora(Model(), config, name="inner")(x)
+
+    variables = Outer().init(jax.random.key(0), X)
+    with pytest.raises(ScopeParamShapeError, match=r'"kernel" in "/.*/layers_0/up"'):
+        Outer().apply(variables, X[:, :4])
+
+
+def test_frozen_variables_are_variables():
+    config = rl.RandLoraConfig(**ALL)
+    adapted = linen(config)
+    mesh = jax.make_mesh((8,), ("data",))
+    for frozen in (freeze(adapted), {**adapted, "params": freeze(adapted["params"])}):
+        tx = rl.partition(optax.sgd(1.0), frozen, config)
+        updates, _ = tx.update(frozen, tx.init(frozen), frozen)
+        same = jax.tree.structure(frozen)
+        assert jax.tree.structure(updates) == same
+        assert jax.tree.structure(rl.labels(frozen, config)) == same
+        placed = jax.device_put(frozen, rl.sharding(frozen, config, mesh))
+        assert jax.tree.structure(placed) == same
+        assert_same_bits(rl.combine(*rl.split(frozen, config)), adapted)
+        assert_same_bits(rl.merge(frozen, config), rl.merge(adapted, config))
 
 
 def test_data_axes_are_those_of_the_mesh():

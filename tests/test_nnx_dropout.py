@@ -27,6 +27,15 @@ def test_dropout_acts_on_the_adapter_s_input_alone(name):
     np.testing.assert_array_equal(seen(value), seen(value))
 
 
+def test_dropout_without_a_stream_says_how_to_give_one():
+    model = trained(MLP(rngs=nnx.Rngs(0)), CONFIG.replace(randlora_dropout=0.5))
+    message = r"randlora_dropout=0\.5 has nothing to draw from: inject\(model, config, rngs=nnx"
+    with pytest.raises(ValueError, match=message):
+        model(x())
+    model.eval()
+    assert_close(np.asarray(model(x())), np.asarray(trained(MLP(rngs=nnx.Rngs(0)))(x())), 1e-6)
+
+
 def test_dropout_s_mean_is_the_output_without():
     model = trained(
         nnx.Linear(D, 4, rngs=nnx.Rngs(0)),
@@ -39,11 +48,8 @@ def test_dropout_s_mean_is_the_output_without():
     assert_close(np.asarray(mean), np.asarray(model(value)[0]), 0.05)
 
 
-def test_dropout_without_rngs_gets_flax_s_error_and_untrained_dropout_changes_nothing():
+def test_untrained_dropout_changes_nothing():
     config = CONFIG.replace(randlora_dropout=0.5)
-    model = inject(MLP(rngs=nnx.Rngs(0)), config)
-    with pytest.raises(ValueError, match="no `rngs` argument"):
-        model(x())
     model = inject(MLP(rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(model(x()), MLP(rngs=nnx.Rngs(0))(x()))
 
@@ -51,7 +57,7 @@ def test_dropout_without_rngs_gets_flax_s_error_and_untrained_dropout_changes_no
 def test_a_missing_stream_for_dropout_changes_nothing():
     model = MLP(rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(model)
-    with pytest.raises(KeyError, match="dropout"):
+    with pytest.raises(ValueError, match=r"rngs has no stream.*nnx\.Rngs\(dropout=0\)"):
         inject(model, CONFIG.replace(randlora_dropout=0.5), rngs=nnx.Rngs(params=0))
     assert nnx.graphdef(model) == graphdef
 

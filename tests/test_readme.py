@@ -2,10 +2,14 @@
 
 import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -33,27 +37,76 @@ def blocks():
             yield part.splitlines()[0], code
 
 
-def test_every_block_of_code_runs(tmp_path):
+def is_of_nnx(code):
+    """Whether the code is for NNX, where `variables` and `model` mean other things."""
+    return "randlora_jax.nnx" in code
+
+
+def names(folder):
+    """What the README's code is given, in Linen and in NNX."""
     x = jnp.ones((8, 8))
     linen = {
         "base_model": Model(),
         "pretrained": Model().init(jax.random.key(0), x)["params"],
         "x": x,
         "batch": x,
+        "microbatches": jnp.stack([x, x]),
         "loss_of": lambda y: jnp.mean(jnp.square(y - 1)),
-        "path": tmp_path / "adapter",
-        "folder": tmp_path / "steps",
+        "path": folder / "adapter",
+        "folder": folder / "steps",
     }
-    models = {"model": NnxModel(nnx.Rngs(0)), "another_model": NnxModel(nnx.Rngs(0))}
+    models = {"model": NnxModel(nnx.Rngs(0)), "another_model": NnxModel(nnx.Rngs(1))}
+    return linen, {"path": folder / "of_nnx", "folder": folder / "steps_of_nnx", **models}
+
+
+def run(heading, code, names):
+    with jax.numpy_dtype_promotion("standard"):  # the loss and optax mix them
+        exec(compile(code, f"README.md, {heading}", "exec"), names)
+
+
+def test_every_block_of_code_runs(tmp_path):
+    linen, _ = names(tmp_path)
     ran = []
     for heading, code in blocks():
         if heading == "## PEFT":
             continue  # it needs a Llama that PEFT adapted: test_peft_smollm2.py has one
-        names = linen
-        if "from flax import nnx" in code:
-            names = {**linen, **models, "path": tmp_path / "of_nnx"}
-        with jax.numpy_dtype_promotion("standard"):  # the loss and optax mix them
-            exec(compile(code, f"README.md, {heading}", "exec"), names)
+        _, of_nnx = names(tmp_path)
+        run(heading, code, {**linen, "nnx": nnx, **of_nnx} if is_of_nnx(code) else linen)
         ran.append(heading)
-    assert ran == ["## Use it in your own script"] * 2 + ["## On many devices"]
+    others = ["## Recipes"] * 3 + ["## On many devices"] * 3
+    assert ran == ["## Use it in your own script"] * 2 + others
     assert (linen["folder"] / "1" / "adapter").is_dir()
+    assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()
+
+
+def on_many_devices(folder, steps, *which):
+    """What is trained where these blocks of the section run, after what it rests on."""
+    given, _ = names(pathlib.Path(folder))
+    given["folder"] = pathlib.Path(steps)
+    code = [code for heading, code in blocks() if heading == "## On many devices"]
+    for one in (next(code for _, code in blocks()), *(code[i] for i in which)):
+        run("On many devices", one, given)
+    return given
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def test_a_new_process_trains_on(tmp_path):
+    steps = tmp_path / "steps"
+    given = on_many_devices(tmp_path / "first", steps, 0, 1)
+    code = f"""
+        import numpy
+        from tests.test_readme import flat, on_many_devices
+        given = on_many_devices({str(tmp_path / "second")!r}, {str(steps)!r}, 0, 2)
+        numpy.save({str(tmp_path / "resumed.npy")!r}, flat(given["trainable"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with jax.numpy_dtype_promotion("standard"):
+        state = given["trainable"], given["opt_state"], given["frozen"]
+        expected, _ = given["step"](*state, given["put"](given["batch"], "data"))
+    np.testing.assert_allclose(np.load(tmp_path / "resumed.npy"), flat(expected), rtol=1e-5)
+    assert not np.allclose(flat(expected), flat(given["trainable"]), rtol=1e-5)

@@ -173,6 +173,10 @@ def _scaled_kernel(
     return {}
 
 
+class _Root(nn.Module):
+    """Where the path of a layer begins that runs apart from its model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LinenCall(updates.Call):
     """A call of a Linen module's method.
@@ -193,10 +197,17 @@ class LinenCall(updates.Call):
             return self.next_fun(*self.args, **self.kwargs)
 
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        # In the layer's own scope, as if it had not been called yet: errors tell where it is.
-        layer = self.layer.clone(parent=self.layer.scope.rewound(), **attributes)
-        with self._running():
-            return layer(*self.args, **self.kwargs)
+        own, path = self.layer.variables["params"], self.layer.path
+        params = {name: leaf for name, leaf in own.items() if not is_scale(name)}
+
+        def run(root):
+            scope = root.scope
+            for name in path:  # errors tell where the layer is
+                scope = scope.push(name)
+            return self.layer.clone(parent=scope, **attributes)(*self.args, **self.kwargs)
+
+        apart = {"params": trees.build({(*path, name): leaf for name, leaf in params.items()})}
+        return nn.apply(run, _Root(parent=None))(apart)
 
     def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
         def changed(name, node):

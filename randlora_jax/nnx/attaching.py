@@ -42,7 +42,7 @@ def attach(
 ) -> None:
     """Gives new adapters to the modules of a model, which may have others already."""
     dropout = any(config.randlora_dropout for config in new.configs.values())
-    stream: Any = rngs["dropout"] if rngs is not None and dropout else None
+    stream: Any = _stream(rngs) if rngs is not None and dropout else None
     for name, config in new.configs.items():
         for site in new.sites[name]:
             _attach_scales(modules[site.module], site, name, new.scales[name])
@@ -58,6 +58,15 @@ def attach(
             cls: Any = type(layer)
             set_class(layer, adapted_class(cls))
             settle(layer, model)
+
+
+def _stream(rngs: nnx.Rngs) -> Any:
+    try:
+        return rngs["dropout"]
+    except (KeyError, AttributeError):
+        raise ValueError(
+            "rngs has no stream for randlora_dropout: give nnx.Rngs(dropout=0), or a default"
+        ) from None
 
 
 def given_scales(

@@ -19,9 +19,8 @@ def folder(tmp_path):
     """What both checkers read: a user's modules, and no configuration."""
     scripts = {"linen": [], "nnx": []}
     for _, code in test_readme.blocks():
-        # Apart, as in the test that runs them: `variables` and `model` mean other things there.
-        scripts["nnx" if "from flax import nnx" in code else "linen"].append(code)
-    assert len(scripts["linen"]) == 3 and len(scripts["nnx"]) == 1
+        scripts["nnx" if test_readme.is_of_nnx(code) else "linen"].append(code)
+    assert len(scripts["linen"]) == 7 and len(scripts["nnx"]) == 2
     for name, parts in scripts.items():
         names = (SNIPPETS / f"{name}_names.py").read_text()
         (tmp_path / f"readme_{name}.py").write_text("\n".join([names, *parts]))

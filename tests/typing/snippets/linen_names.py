@@ -1,6 +1,7 @@
 """What the README's blocks for Linen leave to their reader, as a typed script would have it."""
 
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,11 +14,12 @@ class Model(nn.Module):
         return nn.Dense(16, name="v_proj")(nn.Dense(16, name="q_proj")(x))
 
 
-def loss_of(y: jax.Array) -> jax.Array:
+def loss_of(y: Any) -> jax.Array:
     return jnp.mean(jnp.square(y - 1))
 
 
 base_model: nn.Module = Model()
 x = batch = jnp.ones((8, 8))
+microbatches = jnp.stack([x, x])
 pretrained = base_model.init(jax.random.key(0), x)["params"]
 path, folder = pathlib.Path("adapter"), pathlib.Path("steps")

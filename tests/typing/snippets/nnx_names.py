@@ -1,4 +1,4 @@
-"""What the README's block for NNX leaves to its reader, as a typed script would have it."""
+"""What the README's blocks for NNX leave to their reader, as a typed script would have it."""
 
 import pathlib
 
@@ -21,4 +21,4 @@ class Model(nnx.Module):
 model, another_model = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
 config = rl.RandLoraConfig(r=32, target_modules=["q_proj", "v_proj"])
 learning_rate = optax.constant_schedule(1e-2)
-path = pathlib.Path("adapter")
+path, folder = pathlib.Path("adapter"), pathlib.Path("steps")

@@ -60,6 +60,11 @@ def in_place(config: rl.RandLoraConfig, path: pathlib.Path) -> None:
     rl_nnx.inject(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {"chat": config}, strategy="factored")
     rl_nnx.set_active(model, ("chat",))
     rl_nnx.update(model, rl_nnx.variables(model))
+    rl_nnx.insert(model, "code", config, values=rl_nnx.variables(model), rngs=nnx.Rngs(0))
+    rl_nnx.set_strength(model, {"chat": 0.5, "code": jnp.ones(())})
+    rl_nnx.set_strength(model, 2)
+    rl_nnx.delete(model, "code")
+    nnx.Optimizer(model, optimizer(), wrt=rl_nnx.trainable(model, ("chat",)))
     assert_type(rl_nnx.variables(model), dict[str, Any])
     nnx.Optimizer(model, optimizer(), wrt=rl_nnx.trainable(model))
     with rl_nnx.lend_bases(model):
@@ -79,6 +84,8 @@ def files(
     rl.save_adapter(path, variables, config)
     rl.AdapterSave(variables, config)
     rl.AdapterRestore({"params": variables["params"]})
+    rl.AdapterRestore({"params": variables["params"]}, config)
+    rl.load_adapter(path, {"params": variables["params"]}, config)
     rl.peft.load_adapter(path, variables, adapter_name="chat")
     rl.peft.load_adapter(str(path), variables, {"model.q": "q", "model.k": ("attention", "k")})
     rl.peft.load_adapter(path, variables, lambda name: (("layers", "q"), 3))
@@ -99,6 +106,18 @@ def several(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
         rl.adapters.insert(variables, configs, "code", variables, config),
         tuple[dict[str, Any], dict[str, rl.RandLoraConfig]],
     )
+
+    assert_type(
+        rl.adapters.delete(variables, configs, "chat"),
+        tuple[dict[str, Any], dict[str, rl.RandLoraConfig]],
+    )
+    assert_type(
+        rl.adapters.with_strength(variables, configs, {"chat": jnp.ones(())}), dict[str, Any]
+    )
+    assert_type(rl.adapters.with_strength(variables, config, 0.5), dict[str, Any])
+    rl.split(variables, configs, ("chat",))
+    rl.labels(variables, configs, ("chat",))
+    rl.partition(optimizer(), variables, configs, ("chat",))
 
 
 def reports(variables: Mapping[str, Any], config: rl.RandLoraConfig, mesh: Any) -> None:
