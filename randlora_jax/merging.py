@@ -65,7 +65,7 @@ def merge_adapters(
         merged = _merger(updates, sharding)(kernel, dict(variables["randlora_bases"]), scales)
         if safe and not isinstance(merged, Tracer) and not jnp.isfinite(merged).all():
             raise ValueError(
-                f"merging {trees.dotted(path[:-1])!r} gives numbers that are not finite: its "
+                f"merging {trees.shown(path[:-1])} gives numbers that are not finite: its "
                 "scales, or the bases, are broken"
             )
         params[path] = nn.meta.replace_boxed(params[path], merged)

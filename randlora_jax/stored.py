@@ -40,7 +40,7 @@ def sites_of(
         where, labelled = parse_label(path, params)
         if where not in params:
             raise ValueError(
-                f"{trees.dotted(path)!r} has scales in 'randlora' but no kernel in 'params': the "
+                f"{trees.shown(path)} has scales in 'randlora' but no kernel in 'params': the "
                 "adapter is of another model"
             )
         shapes = [tuple(nn.unbox(leaf).shape) for leaf in (params[where], *scales)]
@@ -61,7 +61,7 @@ def sites_of(
             if bases is not None:
                 check_fit(bases, kernel.features, kernel.scale_shapes(config.r))
         except ValueError as error:
-            raise ValueError(f"{trees.dotted(path)!r}: {error}") from None
+            raise ValueError(f"{trees.shown(path)}: {error}") from None
         sites.append(found[0])
     return sites
 

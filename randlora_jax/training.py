@@ -40,6 +40,8 @@ def labels(
     named.check(config, names)
     trains, params = named.active(config, names), dict(trees.items(variables["params"]))
     several = isinstance(config, Mapping)
+    for name in named.by_name(config):
+        named.scales_of(variables, name)  # it raises where there are none
     # Several adapters train scales alone.
     one = RandLoraConfig() if several else named.by_name(config)[""]
     scales = () if several else trees.items(variables["randlora"])

@@ -45,7 +45,8 @@ def build(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, prefix: Path = ()) -> dict[str, Any]:
     """The same tree with `fn(path, leaf)` in place of each leaf; what is frozen in it stays so."""
     mapped: dict[str, Any] = {}
-    for key, node in tree.items():
+    for key in sorted(tree):
+        node = tree[key]
         path = (*prefix, key)
         mapped[key] = map_with_path(fn, node, path) if isinstance(node, Mapping) else fn(path, node)
     frozen: Any = FrozenDict(mapped) if isinstance(tree, FrozenDict) else mapped
@@ -80,3 +81,8 @@ def modules_of(paths: Iterable[Path]) -> list[str]:
 def dotted(path: Path) -> str:
     """A path as PEFT writes it: joined by dots."""
     return ".".join(path)
+
+
+def shown(path: Path) -> str:
+    """A path in quotes, for messages; that of the root is "(root)"."""
+    return repr(dotted(path) or "(root)")

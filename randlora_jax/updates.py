@@ -77,8 +77,12 @@ class Call(abc.ABC):
         """The call of a layer that differs in these attributes."""
 
     @abc.abstractmethod
-    def run_on(self, change: Change, args: tuple[Any, ...]) -> Any:
-        """The method with other arguments, on parameters that are changed."""
+    def run_on(self, change: Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
+        """The method with other arguments, on parameters that are changed.
+
+        Args:
+          beside: whether `run` has run it too: then this is nothing that a user's tools should see.
+        """
 
 
 def prepare(
@@ -98,7 +102,7 @@ def prepare(
         check_rank(config, bases)
         check_fit(bases, kernel.features, [s.shape for s in scales])
     except ValueError as error:
-        raise ValueError(f"{target!r}: {error}") from None
+        raise ValueError(f"{target or '(root)'!r}: {error}") from None
     return Update(target, kernel, config, prepare_scales(bases, scales, config.scaling), dropout)
 
 
@@ -232,5 +236,5 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
             zeros = jnp.zeros_like(value)
             return kernel.plus(zeros, delta) if name == kernel.name else zeros
 
-        y = y + call.run_on(only, args)
+        y = y + call.run_on(only, args, beside=True)
     return y

@@ -62,6 +62,24 @@ def test_several_adapters_where_one_is_wanted(name, adapted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda v, c: rl.split(v, c),
+        lambda v, c: rl.labels(v, c),
+        lambda v, c: rl.merge(v, c),
+        lambda v, c: rl.adapters.select(v, c, "a"),
+        lambda v, c: rl.adapters.with_strength(v, c, 2.0),
+        lambda v, c: rl.adapters.delete(v, {**c, "b": CONFIG}, "b"),
+        lambda v, c: RandLora(Model(), c).apply(v, X),
+        lambda v, c: RandLora(Model(), c).merge(v),
+    ],
+)
+def test_a_config_by_name_for_an_adapter_without_one(use, adapted):
+    with pytest.raises(ValueError, match=r"names an adapter 'a'.*holds \['head', .*config alone"):
+        use(adapted, {"a": CONFIG})
+
+
 @pytest.mark.parametrize("name", ON_A_BASE)
 @pytest.mark.parametrize(
     ("mix_up", "message"),

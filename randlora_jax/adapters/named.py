@@ -138,7 +138,7 @@ def delete(
       ({'b': {'x': 2}}, ['b'])
     """
     configs = without(config, name)
-    scales = {n: scales_of(variables, n) for n in configs if n in variables["randlora"]}
+    scales = {n: scales_of(variables, n) for n in configs}
     return {**variables, "randlora": scales}, configs
 
 
@@ -167,6 +167,7 @@ def with_strength(
     """
     scaled = dict(trees.items(variables["randlora"]))
     for name, number in strengths(config, strength).items():
+        scales_of(variables, name)  # it raises where there are none
         prefix = (name,) if name else ()
         for path, leaf in scaled.items():
             if path[: len(prefix)] == prefix and path[-1] == LAMBDA:
@@ -206,8 +207,18 @@ def without(config: Configs, name: str) -> dict[str, RandLoraConfig]:
 
 
 def scales_of(variables: trees.Tree, name: str) -> trees.Tree:
-    """One adapter's tree of scales; it is all of "randlora" if there is one without a name."""
-    return variables["randlora"][name] if name else variables["randlora"]
+    """One adapter's tree of scales; it is all of "randlora" if there is one without a name.
+
+    Raises:
+      ValueError: if there is none of that name.
+    """
+    scales = variables["randlora"]
+    if name and name not in scales:
+        raise ValueError(
+            f"config names an adapter {name!r}, and 'randlora' holds {sorted(scales)}: of one "
+            "adapter without a name, give the config alone"
+        )
+    return scales[name] if name else scales
 
 
 def together(scales: Mapping[str, trees.Tree]) -> dict[str, Any]:

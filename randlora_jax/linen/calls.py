@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -10,7 +11,8 @@ from typing import Any
 
 import flax.linen as nn
 from flax.core import freeze
-from flax.linen.module import InterceptorContext
+from flax.linen.module import InterceptorContext, _context
+from flax.linen.module import _global_interceptor_stack as _interceptors
 
 _numbers = itertools.count()
 
@@ -50,6 +52,43 @@ def method_of(context: InterceptorContext) -> str | None:
     """
     cls: Any = type(context.module)
     return _name_of(cls, getattr(context.orig_method, "func", None))
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """What runs in here, no interceptor sees, and it is not among the captured intermediates.
+
+    What we run in place of a call, or beside it, is nothing of the user's: an interceptor would do
+    twice what it does. What the yielded decorator is given, is seen as ever.
+    """
+    hidden: list[Any] = []
+
+    def hide():
+        while _interceptors:
+            hidden.append(_interceptors.pop())
+        _context.capture_stack.append(None)
+
+    def show():
+        while hidden:
+            _interceptors.push(hidden.pop())
+        _context.capture_stack.pop()
+
+    def seen(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            show()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                hide()
+
+        return run
+
+    hide()
+    try:
+        yield seen
+    finally:
+        show()
 
 
 def _bound_modules(value: Any, seen: set[int]) -> Iterator[Any]:

@@ -116,7 +116,7 @@ def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) ->
     try:
         axes = stack_axes(stored, kernel.shape, *scales)
     except ValueError as error:
-        raise ValueError(f"{trees.dotted(module)!r}: {error}") from None
+        raise ValueError(f"{trees.shown(module)}: {error}") from None
     return Site(module, kernel, Stack(axes, Stack(axes).split(stored)[1]))
 
 
@@ -142,7 +142,7 @@ def adaptable(
             kernel = rule.describe(module, value, config.fan_in_fan_out, call)
         except ValueError as error:
             if targets.selection(config, name) is not Selection.NO:
-                raise ValueError(f"{name!r}: {error}") from None
+                raise ValueError(f"{trees.shown(module.path)}: {error}") from None
         else:
             found |= {} if kernel is None else {kernel: name}
     values = {k: nn.unbox(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
@@ -222,7 +222,7 @@ class Discovery:
         for outer in self.running:
             if isinstance(outer, (nn.WeightNorm, nn.SpectralNorm)):  # they map parameters
                 raise ValueError(
-                    f"{trees.dotted(module.path)!r} is within a {type(outer).__name__}, which "
+                    f"{trees.shown(module.path)} is within a {type(outer).__name__}, which "
                     "would change its scales too: give its name to exclude_modules"
                 )
         self.found[module.path, kernel.name] = kernel
@@ -254,5 +254,5 @@ def _as_given(site: Site, given: Mapping[trees.Path, Any]) -> Site:
     try:
         kernel = dataclasses.replace(site.kernel, dtype=value.dtype)
     except ValueError as error:
-        raise ValueError(f"{trees.dotted(site.path)!r}: {error}") from None
+        raise ValueError(f"{trees.shown(site.path)}: {error}") from None
     return dataclasses.replace(site, kernel=kernel)

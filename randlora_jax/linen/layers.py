@@ -17,7 +17,7 @@ from flax.linen.module import InterceptorContext
 from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.linen.calls import OurCall, method_of
+from randlora_jax.linen.calls import OurCall, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
@@ -123,7 +123,13 @@ class Interceptor:
         if self.deterministic or config.randlora_dropout == 0:
             return None
         layer: Any = nn.Dropout(config.randlora_dropout, deterministic=False, parent=None)
-        return functools.partial(layer.apply, {}, rngs={"dropout": self._key(module, number)})
+        apply = functools.partial(layer.apply, {}, rngs={"dropout": self._key(module, number)})
+
+        def dropout(x):
+            with unseen():
+                return apply(x)
+
+        return dropout
 
     def _key(self, module: nn.Module, number: jax.Array | None) -> jax.Array:
         if module.has_rng("dropout") or self.key is None:
@@ -173,10 +179,6 @@ def _scaled_kernel(
     return {}
 
 
-class _Root(nn.Module):
-    """Where the path of a layer begins that runs apart from its model."""
-
-
 @dataclasses.dataclass(frozen=True)
 class LinenCall(updates.Call):
     """A call of a Linen module's method.
@@ -197,19 +199,17 @@ class LinenCall(updates.Call):
             return self.next_fun(*self.args, **self.kwargs)
 
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        own, path = self.layer.variables["params"], self.layer.path
-        params = {name: leaf for name, leaf in own.items() if not is_scale(name)}
+        # The module of this call alone, as Flax made it for its scope: nobody else sees it so.
+        before = {name: getattr(self.layer, name) for name in attributes}
+        try:
+            for name, value in attributes.items():
+                object.__setattr__(self.layer, name, value)
+            return self.run()
+        finally:
+            for name, value in before.items():
+                object.__setattr__(self.layer, name, value)
 
-        def run(root):
-            scope = root.scope
-            for name in path:  # errors tell where the layer is
-                scope = scope.push(name)
-            return self.layer.clone(parent=scope, **attributes)(*self.args, **self.kwargs)
-
-        apart = {"params": trees.build({(*path, name): leaf for name, leaf in params.items()})}
-        return nn.apply(run, _Root(parent=None))(apart)
-
-    def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
+    def run_on(self, change: updates.Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
         def changed(name, node):
             if isinstance(node, Mapping):
                 return {key: changed("", child) for key, child in node.items()}
@@ -219,8 +219,10 @@ class LinenCall(updates.Call):
             params = {name: changed(name, node) for name, node in collections["params"].items()}
             return {**collections, "params": params}
 
-        run = nn.map_variables(self.function, "params", trans_in_fn=change_params, mutable=False)
-        with self._running():
+        with self._running(), unseen() as seen:
+            # Flax takes the method under a transform for another call of it.
+            function = self.function if beside else seen(self.function)
+            run = nn.map_variables(function, "params", trans_in_fn=change_params, mutable=False)
             return run(self.layer, *args, **self.kwargs)
 
     @contextlib.contextmanager

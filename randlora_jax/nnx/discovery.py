@@ -139,7 +139,7 @@ def _site(
         kernel = rule.describe(module, struct, config.fan_in_fan_out, ((), {}))
         assert kernel is not None  # a call was given, if without arguments
     except ValueError as error:
-        raise ValueError(f"{trees.dotted(path)!r}: {error}") from None
+        raise ValueError(f"{trees.shown(path)}: {error}") from None
     return Site(path, kernel, Stack(axes, sizes))
 
 
@@ -150,6 +150,6 @@ def _refuse_tied(modules: Modules, sites: list[Site]) -> None:
     for site in sites:
         if held[id(variable_of(modules, site))] > 1:
             raise ValueError(
-                f"the {site.kernel.name!r} of {trees.dotted(site.module)!r} is that of another "
+                f"the {site.kernel.name!r} of {trees.shown(site.module)} is that of another "
                 "module too, which an update would change: give its name to exclude_modules"
             )

@@ -99,7 +99,8 @@ class NnxCall(updates.Call):
     def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
         return self._on_view(attributes, self.args)
 
-    def run_on(self, change: updates.Change, args: tuple[Any, ...]) -> Any:
+    def run_on(self, change: updates.Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
+        del beside  # nobody looks on
         kernels = {kernel.name for kernel in self.layer.randlora_layer.kernels}
         changes: dict[str, Any] = {}
         for name, leaf in vars(self.layer).items():
