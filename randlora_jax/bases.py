@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from randlora_jax.config import RandLoraConfig
 
@@ -91,6 +92,41 @@ def draw(
         "randlora_B": signs(uniform_b),
         "randlora_scale": jnp.full((2,), scale),
     }
+
+
+def joined(config: RandLoraConfig, ours: Bases, added: Bases) -> Bases:
+    """Bases that serve the layers of two pairs, which are parts of them; one of the two, if it can.
+
+    Raises:
+      ValueError: if they can't be parts of one pair.
+    """
+    sizes = [(b["randlora_B"].shape[0], b["randlora_A"].shape[2]) for b in (ours, added)]
+    dtypes = [b["randlora_B"].dtype for b in (ours, added)]
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"its bases are {dtypes[1]}, and those that are there {dtypes[0]}")
+    max_dim, min_dim = (max(pair) for pair in zip(*sizes, strict=True))
+    if (max_dim, min_dim) in sizes:
+        whole = (ours, added)[sizes.index((max_dim, min_dim))]
+    else:
+        ternary = dtypes[0] == jnp.int8
+        make = lambda: draw(config, max_dim, min_dim, jnp.float32 if ternary else dtypes[0])
+        whole = make() if all(map(_has_values, ours.values())) else jax.eval_shape(make)
+    for pair in (ours, added):
+        for key, array in pair.items():
+            large: Any = whole.get(key, array)
+            fits = key in whole and len(large.shape) == len(array.shape)
+            fits = fits and all(n <= m for n, m in zip(array.shape, large.shape, strict=True))
+            if fits and _has_values(large) and _has_values(array):
+                part = large[tuple(slice(n) for n in array.shape)]
+                fits = bool((np.asarray(part) == np.asarray(array)).all())
+            if not fits:
+                raise ValueError(f"its {key} is not that which is there: it was drawn otherwise")
+    return whole
+
+
+def _has_values(array: Any) -> bool:
+    """Whether it is neither abstract nor traced."""
+    return not isinstance(array, (jax.ShapeDtypeStruct, Tracer))
 
 
 def sign_probability(config: RandLoraConfig, min_dim: int) -> float | None:

@@ -20,12 +20,12 @@ def initial_values(
 ) -> tuple[dict[str, Scales], bases.Bases]:
     """The scales of each adapter, by path, and the bases of a dtype that serve all their sites."""
     dims = bases.shared_dims(site.kernel.features for own in sites.values() for site in own)
-    scales = {name: _initial_scales(config, sites[name]) for name, config in configs.items()}
+    scales = {name: initial_scales(config, sites[name]) for name, config in configs.items()}
     first = next(iter(configs.values()))  # they agree on all that the bases depend on
     return scales, bases.draw(first, *dims, dtype)
 
 
-def _initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> Scales:
+def initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> Scales:
     """PEFT's start: lambda 0 and gamma 1 / max of its shape; or lambda normal, gamma 1 / max."""
     values = {}
     for site in sites:

@@ -40,12 +40,12 @@ def labels(
     named.check(config, names)
     trains, params = named.active(config, names), dict(trees.items(variables["params"]))
     several = isinstance(config, Mapping)
-    for name in named.by_name(config):
-        named.scales_of(variables, name)  # it raises where there are none
+    configs = named.by_name(config)
+    by_name = {name: named.scales_of(variables, name) for name in configs}
     # Several adapters train scales alone.
-    one = RandLoraConfig() if several else named.by_name(config)[""]
-    scales = () if several else trees.items(variables["randlora"])
-    adapted = {parse_label(path[:-1], params)[0][:-1] for path, _ in scales}
+    one = next(iter(trains.values())) if trains and len(configs) == 1 else RandLoraConfig()
+    scales = (path for tree in by_name.values() for path, _ in trees.items(tree))
+    adapted = {parse_label(path[:-1], params)[0][:-1] for path in scales}
 
     def label(path, _):
         collection, *inside = path

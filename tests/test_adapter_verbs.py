@@ -105,7 +105,7 @@ class TestStrength:
         ("config", "strength", "message"),
         [
             (CONFIGS, {"chta": 1.0}, r"names \['chta'\], the adapters are \['chat', 'code'\]"),
-            (UP, {"chat": 1.0}, "the one adapter has no name: give a number"),
+            (UP, {"chat": 1.0}, "the one adapter has no name"),
             (CONFIGS, {"chat": [1.0, 2.0]}, r"must be a number, got shape \(2,\) for 'chat'"),
         ],
     )
@@ -169,7 +169,7 @@ class TestTrainingOneByName:
         ):
             with pytest.raises(ValueError, match=r"names \['chta'\], the adapters are"):
                 use()
-        with pytest.raises(TypeError, match="must be a tuple of names, got 'chat'"):
+        with pytest.raises(TypeError, match=r"named in a tuple, as in \('chat',\)"):
             rl.split(variables, CONFIGS, "chat")
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax import trees
+from randlora_jax.bases import joined
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import LAMBDA
 
@@ -53,10 +54,10 @@ def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
     if not configs:
         raise ValueError("config is an empty mapping: give at least one adapter")
     if isinstance(names, str):
-        raise TypeError(f"active must be a tuple of names, got {names!r}")
+        raise TypeError(f"adapters are named in a tuple, as in ({names!r},), got {names!r}")
     unknown = [name for name in names or () if name not in configs]
     if unknown:
-        raise ValueError(f"active={names!r} names {unknown}, the adapters are {sorted(configs)}")
+        raise ValueError(f"{names!r} names {unknown}, {_there_is(config)}")
     for field, why in _SHARED:
         values = {name: getattr(one, field) for name, one in configs.items()}
         if len(set(values.values())) > 1:
@@ -97,7 +98,8 @@ def insert(
 ) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
     """Adds an adapter, as `adapt` or `load_adapter` returned it, to others by name.
 
-    Nothing is copied, and nothing that is there changes; `delete` is the inverse.
+    Nothing is copied, and no adapter that is there changes; bases become larger where the new one
+    needs it. `delete` takes an adapter away again.
 
     Raises:
       ValueError: if the name is taken, or if the two can't be on the same bases.
@@ -108,24 +110,18 @@ def insert(
         raise ValueError(f"there is an adapter {name!r} already: {sorted(config)}")
     configs = {**config, name: added_config}
     check(configs)
-    bases = [tree["randlora_bases"] for tree in (variables, added)]
-    # The larger pair serves both, since the smaller is its prefix.
-    small, large = sorted(bases, key=lambda b: (b["randlora_B"].size, b["randlora_A"].size))
-    for key, array in small.items():
-        part = large[key][tuple(slice(n) for n in array.shape)]
-        if part.shape != array.shape or not bool((part == array).all()):
-            raise ValueError(
-                f"{key} of {name!r} is not that of the adapters {sorted(config)}: they were not "
-                "drawn in the same way"
-            )
+    try:
+        bases = joined(added_config, variables["randlora_bases"], added["randlora_bases"])
+    except ValueError as error:
+        raise ValueError(f"{name!r} can't be beside {sorted(config)}: {error}") from None
     scales = {**variables["randlora"], name: added["randlora"]}
-    return {**variables, "randlora": scales, "randlora_bases": dict(large)}, configs
+    return {**variables, "randlora": scales, "randlora_bases": dict(bases)}, configs
 
 
 def delete(
     variables: trees.Tree, config: Mapping[str, RandLoraConfig], name: str
 ) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
-    """Takes one of several adapters away: the inverse of `insert`. Nothing is copied.
+    """Takes one of several adapters away; bases stay as they are. Nothing is copied.
 
     Raises:
       ValueError: if there is no such adapter, or no other one.
@@ -181,12 +177,9 @@ def strengths(config: Configs, strength: Strength | Mapping[str, Strength]) -> d
     given = strength if isinstance(strength, Mapping) else dict.fromkeys(by_name(config), strength)
     unknown = sorted(set(given) - set(by_name(config)))
     if unknown:
-        raise ValueError(
-            f"strength names {unknown}, the adapters are {sorted(by_name(config))}"
-            if isinstance(config, Mapping)
-            else f"strength names {unknown}, but the one adapter has no name: give a number"
-        )
-    numbers = {name: jnp.asarray(value, jnp.float32) for name, value in given.items()}
+        raise ValueError(f"strength names {unknown}, {_there_is(config)}")
+    # Copies, since a model that is donated would take the user's own with it.
+    numbers = {name: jnp.array(value, jnp.float32) for name, value in given.items()}
     for name, number in numbers.items():
         if number.shape != ():
             raise ValueError(f"strength must be a number, got shape {number.shape} for {name!r}")
@@ -197,13 +190,19 @@ def without(config: Configs, name: str) -> dict[str, RandLoraConfig]:
     """The configs of the other adapters."""
     others = {key: one for key, one in by_name(config).items() if key != name}
     if not isinstance(config, Mapping) or name not in config:
-        raise ValueError(f"there is no adapter {name!r}, only {sorted(by_name(config))}")
+        raise ValueError(f"there is no adapter {name!r}: {_there_is(config)}")
     if not others:
         raise ValueError(
             f"{name!r} is the only adapter: leave 'randlora' and 'randlora_bases' out of the "
             "variables, or in NNX remove(model)"
         )
     return others
+
+
+def _there_is(config: Configs) -> str:
+    if isinstance(config, Mapping):
+        return f"the adapters are {sorted(config)}"
+    return "the one adapter has no name"
 
 
 def scales_of(variables: trees.Tree, name: str) -> trees.Tree:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
-from randlora_jax import trees
+from randlora_jax import bases, trees
 from randlora_jax.adapters import named
-from randlora_jax.checks import check_config
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.initial import initial_values
-from randlora_jax.nnx.attaching import Adapters, attach, given_scales
+from randlora_jax.initial import initial_scales
+from randlora_jax.nnx.attaching import Adapters, attach, detach_dropout, given_scales
 from randlora_jax.nnx.classes import all_or_nothing
 from randlora_jax.nnx.discovery import find, modules_of, tell_left_out
 from randlora_jax.nnx.layers import has_scales, holder
-from randlora_jax.nnx.lending import STRENGTH, RandLoraBasis, adapted_modules, bases_of
+from randlora_jax.nnx.lending import (
+    STRENGTH,
+    RandLoraBasis,
+    adapted_modules,
+    bases_of,
+    lend_again,
+)
 from randlora_jax.nnx.state import active_of, base_variables, config_of, set_config, variables
-from randlora_jax.sites import SCALES, scale_name
+from randlora_jax.sites import SCALES, Site, scale_name
 
 
 def set_active(model: nnx.Module, names: tuple[str, ...] | None) -> None:
@@ -56,7 +64,8 @@ def insert(
     """Adds an adapter to a model that was injected with others by name; it is not active yet.
 
     Nothing that is there changes, but the bases where the new adapter needs larger ones, of which
-    the old are a part. `set_active` makes it active, and `trainable(model, (name,))` trains it.
+    the old are a part. `set_active` makes it active, and `trainable(model, (name,))` trains it. Its
+    dropout is on until `model.eval()`.
 
     Args:
       model: an injected model.
@@ -84,19 +93,21 @@ def insert(
             "config}) at first"
         )
     named.check({**configs, name: config})
-    sites, base = find(modules, config, parameters or {}), base_variables(model)
+    sites = find(modules, config, parameters or {})
     if values is None:
-        dtype = bases_of(model)["randlora_B"].dtype
-        drawn = jnp.float32 if dtype == jnp.int8 else dtype
-        scales, bases = initial_values({name: config}, {name: sites}, drawn)
-        given = trees.build(scales[name])
+        scales = _abstract_if(model, lambda: initial_scales(config, sites))
+        added = {
+            "randlora": trees.build(scales),
+            "randlora_bases": _bases_for(model, sites, config),
+        }
     else:
-        given, bases = values["randlora"], values["randlora_bases"]
-    added = {"randlora": given, "randlora_bases": bases}
+        check_variables(values, "randlora", "randlora_bases")
+        added = dict(values)
     # It raises where they can't be on the same bases.
     joined, configs = named.insert(variables(model), configs, name, added, config)
-    bases = joined["randlora_bases"]
-    found = given_scales(given, config, sites, {**base, "randlora_bases": bases})
+    larger = joined["randlora_bases"]
+    base = {**base_variables(model), "randlora_bases": larger}
+    found = given_scales(added["randlora"], config, sites, base)
     tell_left_out(modules, {name: sites}, {name: config})
     strategy = next(iter(adapted_modules(model).values())).randlora_layer.strategy
     active = tuple(active_of(model).items())
@@ -104,12 +115,15 @@ def insert(
         new = Adapters({name: config}, {name: sites}, {name: found})
         attach(model, modules, new, active, strategy, rngs)
         set_config(model, configs)
-    for key, value in bases.items():
-        getattr(model, key).set_value(value)
+    for key, value in larger.items():
+        own = getattr(model, key)
+        if value.shape != own.get_value().shape:
+            own.set_value(_placed_like(own.get_value(), value))
+    lend_again(model)
 
 
 def delete(model: nnx.Module, name: str) -> None:
-    """Takes one of several adapters away; the others stay as they are.
+    """Takes one of several adapters away; the others stay as they are, and the bases.
 
     Args:
       model: an injected model.
@@ -130,11 +144,15 @@ def delete(model: nnx.Module, name: str) -> None:
     active = {key: config for key, config in active_of(model).items() if key != name}
     with all_or_nothing(modules_of(model).values()):
         for module in adapted_modules(model).values():
-            for kernel in module.randlora_layer.kernels:
+            kernels = module.randlora_layer.kernels
+            for kernel in kernels:
                 if has_scales(module, kernel, name):
                     for scale in SCALES:
                         delattr(holder(module, kernel), scale_name(scale, name))
             _forget(module, scale_name("randlora_rows", name))
+            left = [n for n in configs if any(has_scales(module, k, n) for k in kernels)]
+            if not any(configs[n].randlora_dropout for n in left):
+                detach_dropout(module)
         _forget(model, scale_name(STRENGTH, name))
         _set_active(model, active)
         set_config(model, configs)
@@ -145,8 +163,9 @@ def set_strength(
 ) -> None:
     """Multiplies updates by numbers from now on, in `merge` too; 1 is as they were trained.
 
-    Only the first call for an adapter makes `nnx.jit` trace anew. What `variables` gives, and so
-    what is saved, is the adapter without its strength.
+    Only the first call for an adapter makes a jitted function of the model trace anew; a jitted
+    method of a model with stacks is traced for each number. What `variables` gives, and so what is
+    saved, is the adapter without its strength.
 
     Args:
       model: an injected model.
@@ -168,6 +187,30 @@ def set_strength(
             getattr(model, key).set_value(number)
         else:
             setattr(model, key, RandLoraBasis(number))
+    lend_again(model)
+
+
+def _bases_for(model: nnx.Module, sites: Sequence[Site], config: RandLoraConfig) -> bases.Bases:
+    """A model's bases, if they are large enough for more sites, or larger ones."""
+    own = bases_of(model)
+    A, B = own["randlora_A"], own["randlora_B"]
+    needed = bases.shared_dims(site.kernel.features for site in sites)
+    size = max(B.shape[0], needed[0]), max(A.shape[2], needed[1])
+    if size == (B.shape[0], A.shape[2]):
+        return own
+    dtype = jnp.float32 if B.dtype == jnp.int8 else B.dtype
+    return _abstract_if(model, lambda: bases.draw(config, *size, dtype))
+
+
+def _abstract_if(model: nnx.Module, make: Callable[[], Any]) -> Any:
+    """What is made, or for an abstract model its shapes."""
+    abstract = isinstance(bases_of(model)["randlora_A"], jax.ShapeDtypeStruct)
+    return jax.eval_shape(make) if abstract else make()
+
+
+def _placed_like(old: Any, new: Any) -> Any:
+    real = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in (old, new))
+    return jax.device_put(new, old.sharding) if real else new
 
 
 def _forget(module: nnx.Module, name: str) -> None:

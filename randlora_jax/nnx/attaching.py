@@ -12,7 +12,7 @@ from flax import nnx
 
 from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.nnx.classes import adapted_class, set_class
+from randlora_jax.nnx.classes import take_class
 from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
 from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
@@ -52,12 +52,11 @@ def attach(
         layer = modules[path]
         adapted = "randlora_layer" in vars(layer)
         before = layer.randlora_layer.kernels if adapted else ()
-        together = tuple(dict.fromkeys((*before, *kernels)))
-        layer.randlora_layer = AdaptedLayer(together, active, strategy)
-        if not adapted:
-            cls: Any = type(layer)
-            set_class(layer, adapted_class(cls))
-            settle(layer, model)
+        # By name and axes: a model may have been cast meanwhile.
+        together = {(k.name, k.input_axes): k for k in (*before, *kernels)}
+        layer.randlora_layer = AdaptedLayer(tuple(together.values()), active, strategy)
+        take_class(layer, adapted=True, root="randlora_config" in vars(layer))
+        settle(layer, model)
 
 
 def _stream(rngs: nnx.Rngs) -> Any:
@@ -105,12 +104,23 @@ def _attach_scales(module: Any, site: Site, adapter: str, scales: Scales) -> Non
 
 
 def _attach_dropout(module: Any, stack: Stack, stream: Any) -> None:
-    if hasattr(module, "randlora_rngs"):
+    if vars(module).get("randlora_rngs") is not None:
         return
     if not hasattr(module, "deterministic"):
         module.deterministic, module.randlora_switch = False, True
+    if "randlora_rngs" in vars(module):
+        del module.randlora_rngs  # None, which is no data to NNX, and so would nothing else be
     sizes = stack.join((), stack.sizes)
     module.randlora_rngs = stream and (stream.split(sizes) if sizes else stream.fork())
+
+
+def detach_dropout(module: Any) -> None:
+    """Takes away what dropout needed."""
+    names = ["randlora_rngs", "randlora_switch"]
+    names += ["deterministic"] if "randlora_switch" in vars(module) else []
+    for name in names:
+        if name in vars(module):
+            delattr(module, name)
 
 
 def axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...] | None:

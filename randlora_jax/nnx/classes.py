@@ -18,12 +18,12 @@ from jax.core import Tracer
 
 from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.layers import call
-from randlora_jax.nnx.lending import bases_of, lent
+from randlora_jax.nnx.lending import LOAN, bases_of, lent
 
 # Operators that a layer can define to be used by.
 _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
 
-# Methods that NNX calls: on a module as it is.
+# NNX calls these, and means the module as it is.
 _NNX_CALLS = ("set_view", "_setattr")
 
 
@@ -81,40 +81,45 @@ class _Ours:
     def __init_subclass__(cls, **options: Any) -> None:
         # A user's own, which may register subclasses or want arguments, is not told of ours.
         of_nnx: Any = nnx.Module.__init_subclass__
-        of_nnx.__func__(cls, **options)
+        of_nnx.__func__(cls, pytree=vars(cls)["randlora_class"]._pytree__is_pytree, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # As the user's class does it, with the way to ours: no module holds it by its name.
-        make, arguments, *state = original_class(self).__reduce_ex__(self, protocol)
+        reduced = original_class(self).__reduce_ex__(self, protocol)
+        if not isinstance(reduced, tuple):
+            return reduced
+        make, arguments, *state = reduced
+        if state and isinstance(state[0], dict):  # a copy is lent its bases by its own root
+            state[0] = {name: value for name, value in state[0].items() if name != LOAN}
         makers, cls = [], type(self)
         while cls is not original_class(self):
             makers.append(vars(cls)["randlora_maker"].__func__)
             cls = vars(cls)["randlora_class"]
-        by_class = (None if argument is type(self) else argument for argument in arguments)
+        by_class = (_CLASS if argument is type(self) else argument for argument in arguments)
         return _unpickled, (cls, tuple(reversed(makers)), make, *by_class), *state
+
+
+_CLASS = "the class of randlora_jax that the object had"  # among the arguments of what makes it
+
+
+def _unpickled(cls, makers, make, *arguments):
+    for maker in makers:
+        cls = maker(cls)
+    return make(*(cls if argument == _CLASS else argument for argument in arguments))
 
 
 @functools.cache
 def _metaclass(of_users: Any) -> Any:
     """The user's own, with `_Ours` before the classes that it would look at."""
-    name = of_users.__name__
-    if name.startswith(_WITH):
+    if hasattr(of_users, "randlora_metaclass"):
         return of_users
 
     def mro(cls):
         first, *bases = of_users.mro(cls)
         return [first, _Ours, *(base for base in bases if base is not _Ours)]
 
-    return type(_WITH + name, (of_users,), {"mro": mro})
-
-
-_WITH = "WithRandLora"
-
-
-def _unpickled(cls, makers, make, *arguments):
-    for maker in makers:
-        cls = maker(cls)
-    return make(*(cls if argument is None else argument for argument in arguments))
+    members = {"mro": mro, "randlora_metaclass": True}
+    return type("WithRandLora" + of_users.__name__, (of_users,), members)
 
 
 def _subclass(name, cls, call, maker):
@@ -136,13 +141,15 @@ def _subclass(name, cls, call, maker):
     methods |= {"__module__": cls.__module__, "randlora_class": cls}
     methods["randlora_maker"] = staticmethod(maker)
     meta: Any = type(cls)
-    return _metaclass(meta)(name, (cls,), methods, pytree=cls._pytree__is_pytree)
+    return _metaclass(meta)(name, (cls,), methods)
 
 
 def _wrap(name, value, call):
     @functools.wraps(value, updated=())
     def method(self, *args, **kwargs):
-        unbound = lambda module, *args, **kwargs: value.__get__(module)(*args, **kwargs)
+        unbound = lambda module, *args, **kwargs: value.__get__(module, type(module))(
+            *args, **kwargs
+        )
         return call(self, unbound, value, name, args, kwargs)
 
     return method
@@ -151,6 +158,13 @@ def _wrap(name, value, call):
 def _set_view(self, deterministic: bool | None = None):
     if deterministic is not None and hasattr(self, "randlora_rngs"):
         self.deterministic = deterministic
+
+
+def take_class(module: nnx.Module, *, adapted: bool, root: bool) -> None:
+    """Gives an object the class that it has with updates of its own, at the root of a model."""
+    cls: Any = original_class(module)
+    cls = adapted_class(cls) if adapted else cls
+    set_class(module, root_class(cls) if root else cls)  # the root lends before it is updated
 
 
 def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:

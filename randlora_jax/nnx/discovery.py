@@ -72,14 +72,20 @@ def original_class(module: Any) -> Any:
 
 
 def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
-    """A model's modules by path; the third of a list is "2"."""
-    return {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    """A model's modules by path, less what holds scales; the third of a list is "2"."""
+    found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    adapted = (
+        (p, vars(m)["randlora_layer"]) for p, m in found.items() if "randlora_layer" in vars(m)
+    )
+    ours = {(*path, label) for path, a in adapted for k in a.kernels for label in k.label}
+    return {path: module for path, module in found.items() if path not in ours}
 
 
 def variables_of(model: nnx.Module) -> dict[trees.Path, nnx.Variable[Any]]:
-    """A model's variables by path, those in dictionaries of its modules too."""
-    nodes = nnx.iter_graph(model)
-    return {tuple(map(str, path)): v for path, v in nodes if isinstance(v, nnx.Variable)}
+    """A model's own variables by path, those in dictionaries of its modules too."""
+    nodes = ((tuple(map(str, path)), node) for path, node in nnx.iter_graph(model))
+    found = {path: node for path, node in nodes if isinstance(node, nnx.Variable)}
+    return {p: v for p, v in found.items() if not any(n.startswith("randlora_") for n in p)}
 
 
 def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> list[Site]:
@@ -93,6 +99,7 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
     for path, module in modules.items():
         name, rule = trees.dotted(path), rule_for(type(module))
         own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
+        own = {k: v for k, v in own.items() if not k.startswith("randlora_")}
         known[name] = original_class(module), rule is not None and rule.kernel in own
         if rule is not None and targets.selection(config, name) is not Selection.NO:
             check_has_kernel(rule, name, own, config)
@@ -118,7 +125,7 @@ def tell_left_out(
     shapes = {
         path: variable.get_value().shape
         for path, variable in variables_of(modules[()]).items()
-        if isinstance(variable, nnx.Param) and not path[-1].startswith("randlora_")
+        if isinstance(variable, nnx.Param)
     }
     classes = {trees.dotted(path): original_class(module) for path, module in modules.items()}
     warn_of_left_out(shapes, sites, configs, classes)

@@ -9,6 +9,7 @@ generator, knows its root, as long as it is no copy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from randlora_jax import trees
 from randlora_jax.nnx.discovery import modules_of, original_class
 
 BASES = ("randlora_A", "randlora_B", "randlora_scale")
+LOAN = "randlora_bases"  # a layer's attribute, while its root is being called
 STRENGTH = "randlora_strength"  # of an adapter, where it was set: `sites.scale_name` names it
 
 Arrays = dict[str, jax.Array]
@@ -85,6 +87,27 @@ def lend_bases(model: nnx.Module) -> Iterator[None]:
         yield
 
 
+@dataclasses.dataclass
+class _Layer:
+    """What is known of an adapted module besides its attributes.
+
+    Attributes:
+      itself: the module, which may not be hashable.
+      root: of its model.
+      users: how many calls it has the bases for: threads, and methods that call each other.
+      before: what it had when the first of them began.
+    """
+
+    itself: weakref.ref[Any]
+    root: weakref.ref[Any]
+    users: int = 0
+    before: Any = None
+
+
+_layers: dict[int, _Layer] = {}  # by the module's id
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def lent(root: nnx.Module, *, shared: bool = False) -> Iterator[bool]:
     """`lend_bases`; gives whether there is a stack among the layers.
@@ -94,44 +117,54 @@ def lent(root: nnx.Module, *, shared: bool = False) -> Iterator[bool]:
       shared: whether the layers get the root's own variables, of which a transform that donates
         them finds one each; others refuse a variable that is in two places.
     """
-    variables, ours = _variables_of(root), []
-    with _lock:
-        for module in adapted_modules(root).values():
-            settle(module, root)
-            users = _users.get(id(module), 0)
-            if users == 0 and "randlora_bases" in vars(module):
-                continue  # the copy of a layer within `nnx.jit`: it came with them
-            if users == 0:
-                _lend(module, variables, shared)
-            _users[id(module)] = users + 1
-            ours.append(module)
+    variables = _variables_of(root)
+    ours: list[tuple[Any, _Layer, Any]] = []
     try:
-        yield any(isinstance(module.randlora_bases, ClosedOver) for module in ours)
+        with _lock:
+            for module in adapted_modules(root).values():
+                layer, found = settle(module, root), vars(module).get(LOAN)
+                if layer.users == 0:
+                    layer.before = found
+                layer.users += 1
+                ours.append((module, layer, found))
+                _lend(module, variables, shared)
+        yield any(isinstance(vars(module)[LOAN], ClosedOver) for module, *_ in ours)
     finally:
         with _lock:
-            for module in ours:
-                _users[id(module)] -= 1
-                if _users[id(module)] == 0:
-                    del _users[id(module)]
-                    del module.randlora_bases
+            for module, layer, found in ours:
+                layer.users -= 1
+                if "randlora_layer" not in vars(module):
+                    continue  # the call has merged or removed its adapters
+                if layer.users == 0:
+                    _put(module, layer.before)
+                    layer.before = None
+                elif found is not None:  # a call within another, which goes on with what it had
+                    _put(module, found)
 
 
-# How many calls an adapted module has the bases for: threads, and methods that call each other.
-_users: dict[int, int] = {}
-_lock = threading.RLock()
-# Each adapted module's root, by the module's id: it need not be hashable.
-_homes: dict[int, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+def lend_again(root: nnx.Module) -> None:
+    """Lends what the root has now to layers that have a loan: bases and strengths can change."""
+    variables = _variables_of(root)
+    with _lock:
+        for module in adapted_modules(root).values():
+            if LOAN in vars(module):
+                _lend(module, variables, shared=False)
 
 
-def settle(module: Any, root: nnx.Module) -> None:
-    """Notes a module's root, for calls that don't come from it."""
-    key = id(module)
-    _homes[key] = weakref.ref(module, lambda _: _homes.pop(key, None)), weakref.ref(root)
+def settle(module: Any, root: nnx.Module) -> _Layer:
+    """Notes a module's root, for calls that don't come from it; it keeps the first that lives."""
+    key, layer = id(module), _layers.get(id(module))
+    if layer is None:
+        layer = _Layer(weakref.ref(module, lambda _: _layers.pop(key, None)), weakref.ref(root))
+        _layers[key] = layer
+    elif layer.root() is None:
+        layer.root = weakref.ref(root)
+    return layer
 
 
 def unsettle(module: Any) -> None:
     """Forgets a module's root."""
-    _homes.pop(id(module), None)
+    _layers.pop(id(module), None)
 
 
 def lent_to(module: Any) -> Arrays:
@@ -140,16 +173,16 @@ def lent_to(module: Any) -> Arrays:
     Raises:
       RuntimeError: for a copy that was not lent any.
     """
-    found = vars(module).get("randlora_bases")
+    found = vars(module).get(LOAN)
     if isinstance(found, ClosedOver):
         return found.arrays
     if found is None:
-        root = _homes[id(module)][1]() if id(module) in _homes else None
+        root = _layers[id(module)].root() if id(module) in _layers else None
         if root is None:
             raise RuntimeError(
                 f"an adapted {original_class(module).__name__} was called outside of its model, "
-                "which holds its bases: call the model or a method of it, taken from it after "
-                "inject, or do this within `with randlora_jax.nnx.lend_bases(model):`"
+                "which holds its bases: call the model or a public method of it, taken from it "
+                "after inject, or do this within `with randlora_jax.nnx.lend_bases(model):`"
             )
         found = _variables_of(root)
     return {key: variable.get_value() for key, variable in found.items()}
@@ -169,6 +202,16 @@ def _lend(module: Any, variables: dict[str, nnx.Variable[Any]], shared: bool) ->
         value = dict(variables)
     else:  # variables of its own, on the same arrays: two layers can't share one in tree mode
         value = {key: RandLoraBasis(v.get_value()) for key, v in variables.items()}
+    _put(module, value)
+
+
+def _put(module: Any, loan: Any) -> None:
+    """Sets a module's loan, or takes it away."""
     # A model that was closed over is of another trace, where NNX's `__setattr__` would refuse.
-    nodes = module._pytree__nodes.update({"randlora_bases": not stacked})
-    vars(module).update(randlora_bases=value, _pytree__nodes=nodes)
+    attributes, nodes = vars(module), module._pytree__nodes
+    if loan is not None:
+        is_node = not isinstance(loan, ClosedOver)
+        attributes.update({LOAN: loan, "_pytree__nodes": nodes.update({LOAN: is_node})})
+    elif attributes.pop(LOAN, None) is not None:
+        rest = {name: is_node for name, is_node in nodes.items() if name != LOAN}
+        attributes["_pytree__nodes"] = type(nodes)(rest)

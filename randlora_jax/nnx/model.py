@@ -17,16 +17,17 @@ from flax import nnx
 
 from randlora_jax import checkpoint, merging, trees
 from randlora_jax.adapters import named
-from randlora_jax.checks import check_config
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
 from randlora_jax.nnx.attaching import Adapters, Scales, attach, axis_names, given_scales
-from randlora_jax.nnx.classes import all_or_nothing, root_class, set_class
+from randlora_jax.nnx.classes import all_or_nothing, set_class, take_class
 from randlora_jax.nnx.discovery import find, modules_of, original_class, tell_left_out, variable_of
 from randlora_jax.nnx.lending import RandLoraBasis, adapted_modules, unsettle
 from randlora_jax.nnx.state import (
     active_of,
     base_variables,
+    check_params,
     config_of,
     set_config,
     set_params,
@@ -109,20 +110,20 @@ def inject(
     modules, configs = modules_of(model), named.by_name(config)
     for path, module in modules.items():
         if hasattr(module, "randlora_class"):
-            name = trees.dotted(path) or "(root)"
-            raise ValueError(f"{name!r} is injected already: merge or remove that first")
+            raise ValueError(f"{trees.shown(path)} is injected already: merge or remove that first")
     sites = {name: find(modules, one, parameters or {}) for name, one in configs.items()}
     kernels = [variable_of(modules, site) for own in sites.values() for site in own]
-    base = base_variables(model)
+    base, params = base_variables(model), {}
     scales: Mapping[str, Scales]
     if values is None:
         make = lambda: initial_values(configs, sites, bases_dtype)
         abstract = any(isinstance(k.get_value(), jax.ShapeDtypeStruct) for k in kernels)
         scales, bases = jax.eval_shape(make) if abstract else make()
     else:
-        bases = values["randlora_bases"]
-        given = {name: values["randlora"].get(name, {}) for name in configs if name}
-        given = given or {"": values["randlora"]}
+        check_variables(values, "randlora", "randlora_bases")
+        bases, params = values["randlora_bases"], values.get("params", {})
+        check_params(params, base["params"])
+        given = {name: named.scales_of(values, name) for name in configs}
         together = {**base, "randlora_bases": bases}
         scales = {n: given_scales(given[n], configs[n], sites[n], together) for n in configs}
     tell_left_out(modules, sites, configs)
@@ -135,8 +136,8 @@ def inject(
             metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
             setattr(model, key, RandLoraBasis(value, **metadata))
         set_config(model, config)
-        set_class(model, root_class(type(model)))
-    set_params(model, {} if values is None else values.get("params", {}))
+        take_class(model, adapted="randlora_layer" in vars(model), root=True)
+    set_params(model, params)
     return model
 
 

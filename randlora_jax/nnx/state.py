@@ -13,7 +13,13 @@ from randlora_jax import training, trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.layers import RandLoraParam, has_scales, scales_of
-from randlora_jax.nnx.lending import STRENGTH, RandLoraBasis, adapted_modules, bases_of
+from randlora_jax.nnx.lending import (
+    STRENGTH,
+    RandLoraBasis,
+    adapted_modules,
+    bases_of,
+    lend_again,
+)
 from randlora_jax.sites import SCALES, Stack, scale_name
 from randlora_jax.stacks import part_of_stack
 
@@ -55,15 +61,15 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
       ValueError: if paths or shapes are others, before anything is changed.
     """
     now, params = variables(model), values.get("params", {})
-    given = dict(trees.items(params))
     for collection in ("randlora", "randlora_bases"):
         check_same(values[collection], now[collection])
-    check_same(params, trees.filtered(now["params"], lambda path, _: path in given))
+    check_params(params, now["params"])
     set_params(model, params)
     for path, variable, stack in _scales(model):
         variable.set_value(spread(stack, trees.get(values["randlora"], path)))
     for key, value in values["randlora_bases"].items():
         getattr(model, key).set_value(value)
+    lend_again(model)
 
 
 def trainable(model: nnx.Module, names: tuple[str, ...] | None = None) -> nnx.filterlib.Filter:
@@ -88,9 +94,10 @@ def trainable(model: nnx.Module, names: tuple[str, ...] | None = None) -> nnx.fi
     config = config_of(model)
     named.check(config, names)
     chosen = frozenset(active_of(model) if names is None else names)
-    everything = chosen == set(named.by_name(config))
-    scales = RandLoraParam if everything else nnx.All(RandLoraParam, _Adapters(chosen))
-    labels = dict(trees.items(training.labels(variables(model), config)["params"]))
+    alone = isinstance(config, RandLoraConfig) and chosen
+    # By name even if they are all: others may be inserted.
+    scales = RandLoraParam if alone else nnx.All(RandLoraParam, _Adapters(chosen))
+    labels = dict(trees.items(training.labels(variables(model), config, names)["params"]))
     paths = frozenset(path for path, label in labels.items() if label != training.FROZEN)
     return nnx.Any(scales, _Paths(paths)) if paths else scales
 
@@ -160,6 +167,12 @@ def set_params(model: nnx.Module, params: trees.Tree) -> None:
         value = new.get(tuple(map(str, path))) if isinstance(variable, nnx.Param) else None
         if value is not None and value is not variable.get_value():
             variable.set_value(value)
+
+
+def check_params(given: trees.Tree, own: trees.Tree) -> None:
+    """Raises a ValueError for parameters that a model has not, or has of other shapes."""
+    there = dict(trees.items(given))
+    check_same(given, trees.filtered(own, lambda path, _: path in there))
 
 
 def check_same(given: trees.Tree, expected: trees.Tree) -> None:
