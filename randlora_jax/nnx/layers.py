@@ -39,8 +39,9 @@ class AdaptedLayer:
     strategy: Strategy
 
     def __repr__(self) -> str:  # the configs, at the root, would be a page for every layer
-        kernels, adapters = (kernel.name for kernel in self.kernels), (n for n, _ in self.adapters)
-        return f"AdaptedLayer({', '.join(kernels)}: {', '.join(filter(None, adapters)) or 'one'})"
+        kernels = ", ".join(kernel.name for kernel in self.kernels)
+        active = ", ".join(name or "active" for name, _ in self.adapters)
+        return f"AdaptedLayer({kernels}: {active or 'none active'})"
 
 
 def holder(module: Any, kernel: Kernel) -> Any:
