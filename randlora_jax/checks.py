@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from randlora_jax.config import RandLoraConfig
+from randlora_jax.config import ALL_LINEAR, RandLoraConfig
 
 PARAMS, SCALES, BASES = "params", "randlora", "randlora_bases"
 
@@ -78,10 +78,16 @@ def check_config(config: Any, *, several: bool = False) -> None:
 
 
 # What a loaded adapter does not depend on, or PEFT alone reads.
-_OF_NO_WEIGHT = (
-    *("save_projection", "init_weights", "task_type", "auto_mapping", "base_model_name_or_path"),
-    *("revision", "inference_mode", "peft_version"),
-)
+_OF_NO_WEIGHT = {
+    "save_projection",
+    "init_weights",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+}
 
 
 def check_same_config(saved: RandLoraConfig, wanted: RandLoraConfig) -> None:
@@ -92,14 +98,25 @@ def check_same_config(saved: RandLoraConfig, wanted: RandLoraConfig) -> None:
     differ = []
     for field in dataclasses.fields(RandLoraConfig):
         pair = [getattr(config, field.name) for config in (saved, wanted)]
-        sets = [set(value) if isinstance(value, tuple) else value for value in pair]
-        if field.name not in _OF_NO_WEIGHT and sets[0] != sets[1]:
+        there, here = (_meaning(field.name, value) for value in pair)
+        if field.name not in _OF_NO_WEIGHT and there != here:
             differ.append(f"{field.name} is {pair[0]!r} there and {pair[1]!r} in the model")
     if differ:
         raise ValueError(
             f"has another config than the model: {'; '.join(differ)}. Build the model with the "
             "config that load_adapter returns, as RandLora(base_model, config)"
         )
+
+
+def _meaning(field: str, value: Any) -> Any:
+    """The same for values of a config that mean the same."""
+    if field == "projection_prng_key":
+        return value & 0xFFFFFFFF
+    if field in ("layers_to_transform", "layers_pattern") and isinstance(value, (int, str)):
+        value = (value,)
+    if field == "target_modules" and isinstance(value, str) and value.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    return frozenset(value) or None if isinstance(value, tuple) else value
 
 
 def _mix_up(value: Any) -> str:

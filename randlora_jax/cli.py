@@ -141,7 +141,7 @@ def in_a_shell(message: str) -> str:
     """A message with flags in place of the arguments that Python has for them."""
     words = "|".join(_IN_A_SHELL)  # a longer one comes before its beginning
     # Not as a part of a path or of a quoted name.
-    pattern = rf"(?<![\w'\"./\\-])({words})(?![\w./\\-])"
+    pattern = rf"(?<![\w'\"./\\-])({words})(?![\w/\\-]|\.\w)"
     return re.sub(pattern, lambda word: _IN_A_SHELL[word[0]], message)
 
 

@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.registry import is_no_linear_layer
-from randlora_jax.sites import Shape, Site
+from randlora_jax.sites import Shape, Site, Stack
 from randlora_jax.targets import Selection
 
-Left = dict[trees.Path, Shape]  # parameters' paths, and their shapes in one layer
+Shapes = Mapping[trees.Path, Shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What was seen of a live model.
+
+    Attributes:
+      modules: the classes of modules by their dotted paths; in Linen of those that ran.
+      shapes: of the base's parameters.
+      in_layer: the same as one layer of a stack sees them, where that is known.
+    """
+
+    modules: Mapping[str, type]
+    shapes: Shapes
+    in_layer: Shapes = dataclasses.field(default_factory=dict)
+
+
+def may_be_kernels(shapes: Shapes, adapted: Container[trees.Path]) -> list[trees.Path]:
+    """The parameters that are not adapted, and have two axes or more."""
+    return [p for p, shape in shapes.items() if p not in adapted and _is_matrix(p, shape)]
 
 
 def left_out(
-    shapes: Mapping[trees.Path, Shape], sites: Sequence[Site], config: RandLoraConfig
-) -> Left:
-    """The parameters with two axes or more that "all-linear" might have meant, and did not take.
+    shapes: Shapes, sites: Sequence[Site], config: RandLoraConfig, in_layer: Shapes | None = None
+) -> dict[trees.Path, Shape]:
+    """The parameters that "all-linear" might have meant, and did not take, as one layer sees them.
 
     Args:
       shapes: of the base's parameters, by path.
       sites: what is adapted.
       config: names what is left out on purpose, by module or by the parameter's own path.
+      in_layer: as in `Seen`. Elsewhere what is beside the kernels of a stack is taken to be in it.
     """
+    found: dict[trees.Path, Shape] = {}
     if not config.all_linear:
-        return {}
-    adapted, found = {site.kernel_path for site in sites}, {}
-    for path, shape in shapes.items():
-        if path in adapted or path[-1] == "bias":
-            continue
-        layer = _shape_in_layer(path, shape, sites)
+        return found
+    adapted, stacks = {site.kernel_path for site in sites}, _stacks(sites)
+    for path in may_be_kernels(shapes, adapted):
+        shape = (in_layer or {}).get(path) or _in_layer(path, shapes[path], stacks)
         chosen = targets.selection(config, trees.dotted(path[:-1]))
-        meant = chosen is Selection.YES or (chosen is Selection.BY_LAYER and layer != shape)
-        if meant and targets.matches(config, trees.dotted(path)) and sum(s > 1 for s in layer) > 1:
-            found[path] = layer
+        if chosen is Selection.BY_LAYER and len(shape) == len(shapes[path]):
+            continue  # it is in no layer
+        excluded = chosen is Selection.NO or not targets.matches(config, trees.dotted(path))
+        if not excluded and _is_matrix(path, shape):
+            found[path] = shape
     return found
 
 
-def described(left: Left) -> list[str]:
+def described(left: Mapping[trees.Path, Shape]) -> list[str]:
     """A line for each parameter, and one for all that differ by a number: "layers_*.w (4, 8)"."""
     alike: dict[tuple[str, Shape], list[str]] = {}
     for path, shape in left.items():
@@ -52,57 +77,108 @@ def described(left: Left) -> list[str]:
 
 
 def warn_of_left_out(
-    shapes: Mapping[trees.Path, Shape],
+    seen: Seen,
     sites: Mapping[str, Sequence[Site]],
     configs: Mapping[str, RandLoraConfig],
-    modules: Mapping[str, type],
+    stacklevel: int,
 ) -> None:
     """One warning of what "all-linear" leaves out, and how to adapt it.
 
     Args:
-      shapes: of the base's parameters, by path.
+      seen: the model.
       sites: of each adapter.
-      configs: the adapters'.
-      modules: the classes of the modules that were seen, by their dotted paths.
+      configs: the adapters'. What any of them adapts is not left out.
+      stacklevel: as for `warnings.warn`, where 1 is this function.
     """
-    config = next((config for config in configs.values() if config.all_linear), None)
-    if config is None:
-        return
-    owners: dict[trees.Path, str | None] = {}
-    left: Left = {}
     everything = [site for own in sites.values() for site in own]
-    for path, shape in left_out(shapes, everything, config).items():
-        names = (trees.dotted(path[:i]) for i in range(len(path) - 1, -1, -1))
-        owner = next((name for name in names if name in modules), None)
-        if owner is None or not is_no_linear_layer(modules[owner]):
-            left[path], owners[path] = shape, owner
+    found: dict[trees.Path, Shape] = {}
+    for config in configs.values():
+        found |= left_out(seen.shapes, everything, config, seen.in_layer)
+    owners = {path: _owner(path, seen.modules) for path in found}
+    left = {
+        path: shape
+        for path, shape in found.items()
+        if not ((owner := owners[path]) and is_no_linear_layer(seen.modules[owner]))
+    }
     if not left:
         return
     lines = described(left)
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
-    # Only what holds no other module can be a layer, and have a class to register.
-    layers = (
-        f"randlora_jax.register_layer({modules[owner].__name__}, kernel={path[-1]!r}) or "
-        for path, owner in owners.items()
-        if owner is not None and not any(targets.is_within(name, owner) for name in modules)
-    )
+    cures: dict[str, str] = {}  # an example of each kind
+    for path in left:
+        kind, cure = _cure(path, owners[path], left, owners, seen.modules)
+        cures.setdefault(kind, cure)
     warnings.warn(
-        f"target_modules='all-linear' leaves out: {shown}. If they are kernels, adapt them by "
-        f"{next(layers, '')}their paths and input axes, "
-        f"parameters={{{trees.dotted(next(iter(left)))!r}: (0,)}}; if not, their names in "
-        "exclude_modules end this warning",
-        stacklevel=4,
+        f"target_modules='all-linear' leaves out: {shown}. If they are kernels: "
+        f"{'; '.join(cures.values())}. If not, their names in exclude_modules end this warning",
+        stacklevel=stacklevel + 1,
     )
 
 
-def _shape_in_layer(path: trees.Path, shape: Shape, sites: Iterable[Site]) -> Shape:
-    """A parameter's shape without the axes of a stack, if it is within one that is adapted."""
+def _cure(
+    path: trees.Path,
+    owner: str | None,
+    left: Mapping[trees.Path, Shape],
+    owners: Mapping[trees.Path, str | None],
+    modules: Mapping[str, type],
+) -> tuple[str, str]:
+    """What to write to adapt one parameter: (kind, text)."""
+    cls = None if owner is None else modules[owner]
+    if cls is not None and issubclass(cls, _BRIDGES):
+        return "bridge", f"adapt the module within the {cls.__name__}, by RandLora or inject"
+    if cls is None or owner != trees.dotted(path[:-1]):
+        return "run", "give adapt inputs, or a method, that run their modules"
+    alone = [other for other in left if owners[other] == owner] == [path]
+    if alone and not any(targets.is_within(name, owner) for name in modules):
+        call = f"randlora_jax.register_layer({cls.__name__}, kernel={path[-1]!r})"
+        return "register", call
+    by_path = f"parameters={{{trees.dotted(path)!r}: (...)}}"
+    return "path", f"{by_path}, with those of its axes that are inputs"
+
+
+_BRIDGES = (nnx.bridge.ToNNX, nnx.bridge.ToLinen)
+
+
+def _owner(path: trees.Path, modules: Mapping[str, type]) -> str | None:
+    """The innermost module that holds a parameter, of those that were seen."""
+    names = (trees.dotted(path[:i]) for i in range(len(path) - 1, -1, -1))
+    return next((name for name in names if name in modules), None)
+
+
+def _is_matrix(path: trees.Path, shape: Shape) -> bool:
+    return path[-1] != "bias" and sum(size > 1 for size in shape) > 1
+
+
+def _stacks(sites: Iterable[Site]) -> dict[Stack, trees.Path]:
+    """The stacks that are adapted, and where each begins: above it are other kernels too."""
+    by_stack: dict[Stack, list[trees.Path]] = {}
     for site in sites:
-        if site.stack.axes and site.module[:1] == path[:1]:
+        stack = dataclasses.replace(site.stack, layers=None)
+        by_stack.setdefault(stack, []).append(site.module)
+    begins = {}
+    for stack, modules in by_stack.items():
+        others = [m for other, own in by_stack.items() if other != stack for m in own]
+        first = min(modules)
+        common = 0
+        while common < len(first) and all(m[: common + 1] == first[: common + 1] for m in modules):
+            common += 1
+        clear = (i for i in range(common + 1) if not any(m[:i] == first[:i] for m in others))
+        if stack.axes:
+            begins[stack] = first[: next(clear, common)]
+    return begins
+
+
+def _in_layer(path: trees.Path, shape: Shape, stacks: Mapping[Stack, trees.Path]) -> Shape:
+    """A parameter's shape without the axes of a stack, if it is within one that is adapted."""
+    for stack, begin in stacks.items():
+        if path[: len(begin)] != begin:
+            continue
+        for count in range(len(stack.axes), 0, -1):  # beside an inner stack, it is in the outer one
+            part = Stack(stack.axes[:count], stack.sizes[:count])
             try:
-                layer, sizes = site.stack.split(shape)
+                layer, sizes = part.split(shape)
             except IndexError:
                 continue
-            if sizes == site.stack.sizes:
+            if sizes == part.sizes:
                 return layer
     return shape

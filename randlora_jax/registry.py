@@ -155,9 +155,9 @@ def _axes(subject: str, given: Any) -> tuple[int, ...]:
 _NO_LINEAR_LAYERS: set[type] = set()
 
 
-def add_no_linear_layers(*classes: type) -> None:
-    """Classes whose parameters of several axes are no kernels of linear layers, as of tables."""
-    _NO_LINEAR_LAYERS.update(classes)
+def add_no_linear_layer(cls: type) -> None:
+    """Registers a class whose parameters of several axes are no kernels of a linear layer."""
+    _NO_LINEAR_LAYERS.add(cls)
 
 
 def is_no_linear_layer(cls: type) -> bool:
@@ -203,25 +203,42 @@ def check_has_kernel(
 
     One that "all-linear" means is left out, and told of.
     """
-    others = sorted(set(own))
-    if rule.kernel not in others and not config.all_linear:
+    if rule.kernel not in own and not config.all_linear:
+        others = sorted(set(own) - {"bias"})
+        cure = (
+            f"adapt {others[0]!r} by its path, parameters={{'{name}.{others[0]}': (...)}}, with "
+            "those of its axes that are inputs"
+            if others
+            else "give its name to exclude_modules"
+        )
         raise ValueError(
             f"{name!r} has no parameter {rule.kernel!r}, the kernel of its class, but {others}: "
-            f"adapt one of these by its path, as in parameters={{'{name}.{others[0]}': (0,)}}"
-            if others
-            else f"{name!r} has no parameter {rule.kernel!r}, the kernel of its class: give its "
-            "name to exclude_modules"
+            f"{cure}"
         )
 
 
-def check_parameters(parameters: Parameters, paths: Iterable[str]) -> None:
-    """Raises a ValueError for a name of a raw parameter that matches none of the paths."""
-    names = list(paths)
+def check_parameters(
+    parameters: Parameters, paths: Iterable[str], found: Iterable[str] | None = None
+) -> None:
+    """Raises a ValueError for a name of a raw parameter that matches none, or none that is adapted.
+
+    Args:
+      parameters: as users give them.
+      paths: of all parameters.
+      found: of those that are adapted, if that can be less.
+    """
+    names, adapted = list(paths), None if found is None else list(found)
     for pattern in parameters:
-        if not any(targets.names_module((pattern,), name) for name in names):
+        matched = [name for name in names if targets.names_module((pattern,), name)]
+        if not matched:
             raise ValueError(
                 f"parameters: {pattern!r} matches no parameter; the nearest are "
                 f"{targets.nearest(pattern, names)}"
+            )
+        if adapted is not None and not set(matched) & set(adapted):
+            raise ValueError(
+                f"parameters: {pattern!r} matches {matched[0]!r}, whose module does not run on "
+                "these inputs: give adapt inputs, or a method, that run it"
             )
 
 

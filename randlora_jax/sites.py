@@ -32,7 +32,7 @@ def scale_name(scale: str, adapter: str) -> str:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a layer's parameter of this name is a scale, of whichever adapter, or `NUMBER`."""
+    """Whether a layer's parameter of this name is ours: of whichever adapter, or `NUMBER`."""
     return name.partition(":")[0] in (*SCALES, NUMBER)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import enum
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from randlora_jax.config import RandLoraConfig
 
@@ -126,6 +126,7 @@ def check(
     others: Iterable[str] = (),
     idle: Iterable[str] = (),
     parameters: Iterable[str] = (),
+    raw: Container[str] = (),
 ) -> None:
     """Raises a ValueError for a name that matches nothing, and for a target that is not linear.
 
@@ -133,7 +134,8 @@ def check(
       modules: for each path, the module's type and whether it can be adapted.
       others: paths of modules that have parameters, and were not seen to run.
       idle: paths of modules that may have none, and need not run: they can only be excluded.
-      parameters: paths of parameters: they can be excluded too.
+      raw: those of `modules` that are parameters, asked for by their paths.
+      parameters: paths of those that nothing adapts, and that have two axes: they can be excluded.
     """
     parameters = list(parameters)
     linear = [name for name, (_, is_linear) in modules.items() if is_linear]
@@ -158,15 +160,25 @@ def check(
                     f"and not a known linear layer: {cure}"
                 )
     for name in () if isinstance(config.target_modules, str) else config.target_modules or ():
+        if any(names_module((name,), module) for module in modules):
+            continue
+        held = [
+            m for m in linear if name.rpartition(".")[0] and names_module((name,), f"{m}.kernel")
+        ]
+        if held:
+            raise ValueError(
+                f"target_modules: {name!r} is the kernel of {held[0]!r}: give that name"
+            )
         raw = [p for p in parameters if names_module((name,), p)]
-        if raw and not any(names_module((name,), module) for module in modules):
+        if raw:
             raise ValueError(
                 f"target_modules: {name!r} is no module but the parameter {raw[0]!r}: adapt it by "
-                f"parameters={{{raw[0]!r}: (0,)}}, with those of its axes that are inputs"
+                f"parameters={{{raw[0]!r}: (...)}}, with those of its axes that are inputs"
             )
     _check_names(config, "target_modules", modules, linear)
     everything = list(dict.fromkeys([*modules, *others]))
-    _check_names(config, "exclude_modules", [*everything, *idle, *parameters], everything)
+    excludable = [name for name in everything if name not in raw]
+    _check_names(config, "exclude_modules", [*excludable, *idle, *parameters], excludable)
     for field in ("modules_to_save", "layers_pattern"):
         _check_names(config, field, everything, everything)
     if not any(selection(config, n) is not Selection.NO for n in matched if n in linear):

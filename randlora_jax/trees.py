@@ -65,11 +65,7 @@ def union(*trees: Tree) -> dict[str, Any]:
 
 def key_of(seed: int, path: Path) -> jax.Array:
     """A random key that depends on the seed and on where in the tree it is used."""
-    return folded(jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32"), path)
-
-
-def folded(key: jax.Array, path: Path) -> jax.Array:
-    """Another key for each path."""
+    key = jax.random.key(np.uint32(seed & 0xFFFFFFFF), impl="threefry2x32")
     return jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
 
 

@@ -106,7 +106,8 @@ class TestStrength:
         [
             (CONFIGS, {"chta": 1.0}, r"names \['chta'\], the adapters are \['chat', 'code'\]"),
             (UP, {"chat": 1.0}, "the one adapter has no name"),
-            (CONFIGS, {"chat": [1.0, 2.0]}, r"must be a number, got shape \(2,\) for 'chat'"),
+            (CONFIGS, {"chat": [1.0, 2.0]}, r"must be a number, got \[1.0, 2.0\] for 'chat'"),
+            (UP, 1j, "must be a number, got 1j"),
         ],
     )
     def test_what_is_no_strength_is_refused(self, config, strength, message):

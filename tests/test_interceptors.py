@@ -1,5 +1,7 @@
 """A user's interceptors and captures see of an adapted model what they see of its base."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
 from tests.linen_cases import assert_close, normal
-from tests.linen_methods import LINEN, D
+from tests.linen_methods import LINEN, D, Decorated
 
 X = normal(0, 4, D)
 CONFIG = rl.RandLoraConfig(r=2, randlora_alpha=2.0, target_modules="all-linear")
@@ -29,6 +31,36 @@ def changing(seen):
 
 # A raw parameter has no input to drop, and refuses dropout.
 CASES = [(name, rate) for name in LINEN for rate in (0.0, 0.5) if not (rate and LINEN[name][1])]
+
+
+class Inside(nn.Module):
+    """A model that has an interceptor of its own."""
+
+    make: Any
+
+    @nn.compact
+    def __call__(self, x):
+        def double(next_fun, args, kwargs, context):
+            y = next_fun(*args, **kwargs)
+            return 2 * y if context.module.name == "layer" else y
+
+        with nn.intercept_methods(double):
+            return self.make(name="layer")(x)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("make", [lambda name: nn.Dense(7, name=name), Decorated], ids=["", "own"])
+def test_those_of_the_model_itself_act_too(make, rate):
+    base = Inside(make)
+    model = RandLora(base, CONFIG.replace(randlora_dropout=rate))
+    variables = model.adapt(base.init(jax.random.key(0), X), X)
+    expected, seen = base.apply({"params": variables["params"]}, X), []
+    rngs = {"dropout": jax.random.key(1)}
+    actual = model.apply(variables, X, deterministic=not rate, rngs=rngs)
+    assert_close(np.asarray(actual), np.asarray(expected), 1e-5)
+    with nn.intercept_methods(changing(seen)):
+        actual = model.apply(variables, X, deterministic=not rate, rngs=rngs)
+    assert [path for path, *_ in seen] == [("layer",), ()]
 
 
 @pytest.mark.parametrize(("name", "rate"), CASES)

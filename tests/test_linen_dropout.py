@@ -167,6 +167,81 @@ def test_layers_of_a_stack_draw_masks_of_their_own(base):
     assert (error < 5 * draws.std(0) / np.sqrt(len(draws))).all()
 
 
+class Mapped(nn.Module):
+    """One layer for all examples, or for all steps: Flax alone can tell it which of them it has."""
+
+    lift: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return self.lift(nn.Dense)(5, name="layer")(x)
+
+
+def over_examples(cls):
+    return nn.vmap(cls, variable_axes={"params": None}, split_rngs={"params": False})
+
+
+def over_steps(cls):
+    step = nn.scan(
+        lambda layer, carry, x: (carry, layer(x)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    return lambda *args, **kwargs: lambda x: step(cls(*args, **kwargs), 0.0, x)[1]
+
+
+@pytest.mark.parametrize("lift", [over_examples, over_steps])
+def test_a_key_that_would_serve_several_examples_is_not_made_up(lift):
+    model, variables = trained(Mapped(lift))
+    assert model.apply(variables, X, deterministic=True).shape == (4, 5)
+    with pytest.raises(InvalidRngError, match='needs PRNG for "dropout"'):
+        model.apply(variables, X, deterministic=False, rngs=RNGS)
+
+
+class Jitted(nn.Module):
+    """Two layers of one cached trace."""
+
+    @nn.compact
+    def __call__(self, carry, x):
+        dense = nn.jit(nn.Dense)
+        return carry, jnp.stack([dense(7, name="one")(x), dense(7, name="other")(x)])
+
+
+def test_layers_that_share_a_trace_draw_masks_of_their_own():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            stack = nn.scan(Jitted, in_axes=nn.broadcast, length=2, **options)
+            return stack(name="stack")(None, x)[1]
+
+    model, variables = trained(Model())
+    first = lambda tree: jax.tree.map(lambda a: jnp.stack([a[0]] * 2), tree["stack"]["one"])
+    alike = {c: {"stack": dict.fromkeys(("one", "other"), first(variables[c]))}
+             for c in ("params", "randlora")}  # fmt: skip
+    y = model.apply({**variables, **alike}, X, deterministic=False, rngs=RNGS)
+    calls = [y[0, 0], y[0, 1], y[1, 0], y[1, 1]]
+    assert not any(np.allclose(a, b) for a, b in itertools.combinations(calls, 2))
+
+
+@pytest.mark.parametrize("base", [Block(), Beside(listed=False), Beside()], ids=["", "not", "all"])
+def test_a_model_can_differentiate_its_parameters(base):
+    class Penalised(nn.Module):
+        def setup(self):
+            self.inside = base.clone(parent=None)
+
+        def __call__(self, x):
+            y = self.inside(x)
+            if self.is_initializing():
+                return y
+            square = lambda p: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+            return y, jax.grad(square)(self.inside.variables["params"])
+
+    model, variables = trained(Penalised())
+    _, gradients = model.apply(variables, X, deterministic=False, rngs=RNGS)
+    assert jax.tree.leaves(gradients)
+
+
 def test_in_a_model_of_a_users_a_stack_that_lists_no_dropout_has_it():
     class Users(nn.Module):
         @nn.compact

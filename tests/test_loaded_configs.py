@@ -74,6 +74,7 @@ def test_a_model_with_another_config_is_refused(load, saved, changed, message):
         {},
         {"target_modules": ["head", "up"]},
         {"init_weights": False},
+        {"projection_prng_key": 2**32, "modules_to_save": [], "exclude_modules": ()},
         {"save_projection": False, "task_type": "CAUSAL_LM", "revision": "main"},
     ],
 )

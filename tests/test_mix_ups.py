@@ -80,6 +80,26 @@ def test_a_config_by_name_for_an_adapter_without_one(use, adapted):
         use(adapted, {"a": CONFIG})
 
 
+VERBS = {
+    "select": lambda v, c: rl.adapters.select(v, c, "a"),
+    "delete": lambda v, c: rl.adapters.delete(v, c, "a"),
+    "with_strength": lambda v, c: rl.adapters.with_strength(v, c, 0.5),
+    "insert": lambda v, c: rl.adapters.insert(v, c, "b", v, CONFIG),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_mix_ups_of_the_verbs_of_adapters(verb, adapted):
+    with pytest.raises(ValueError, match="no adapter: RandLora"):
+        verb({"params": adapted["params"]}, {"a": CONFIG})
+    with pytest.raises(TypeError, match="a RandLoraConfig: the variables come first"):
+        verb(CONFIG, adapted)
+    with pytest.raises(TypeError, match=r"nnx\.variables\(model\)"):
+        verb(NnxModel(), {"a": CONFIG})
+    with pytest.raises(TypeError, match="config must be a RandLoraConfig, got str"):
+        verb(adapted, "all-linear")
+
+
 @pytest.mark.parametrize("name", ON_A_BASE)
 @pytest.mark.parametrize(
     ("mix_up", "message"),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from randlora_jax import trees
 from randlora_jax.bases import joined
+from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import LAMBDA
 
@@ -82,8 +83,9 @@ def select(
       >>> one["randlora"], config.randlora_alpha
       ({'x': 2}, 32)
     """
+    _check(variables, config)
     if name not in by_name(config):
-        raise ValueError(f"there is no adapter {name!r}, only {sorted(by_name(config))}")
+        raise ValueError(f"there is no adapter {name!r}: {_there_is(config)}")
     if not isinstance(config, Mapping):
         return dict(variables), config
     return {**variables, "randlora": scales_of(variables, name)}, config[name]
@@ -104,6 +106,9 @@ def insert(
     Raises:
       ValueError: if the name is taken, or if the two can't be on the same bases.
     """
+    for one in (variables, added):
+        check_variables(one, "randlora", "randlora_bases")
+    _check(variables, config)
     if not isinstance(config, Mapping):
         raise TypeError("config must name its adapters: {'name': config}, as must 'randlora'")
     if name in config:
@@ -133,6 +138,7 @@ def delete(
       >>> variables["randlora"], list(configs)
       ({'b': {'x': 2}}, ['b'])
     """
+    _check(variables, config)
     configs = without(config, name)
     scales = {n: scales_of(variables, n) for n in configs}
     return {**variables, "randlora": scales}, configs
@@ -161,9 +167,9 @@ def with_strength(
       >>> weaker["randlora"]["a"]["randlora_lambda"].tolist()
       [0.5, 0.5]
     """
+    _check(variables, config)
     scaled = dict(trees.items(variables["randlora"]))
     for name, number in strengths(config, strength).items():
-        scales_of(variables, name)  # it raises where there are none
         prefix = (name,) if name else ()
         for path, leaf in scaled.items():
             if path[: len(prefix)] == prefix and path[-1] == LAMBDA:
@@ -179,10 +185,11 @@ def strengths(config: Configs, strength: Strength | Mapping[str, Strength]) -> d
     if unknown:
         raise ValueError(f"strength names {unknown}, {_there_is(config)}")
     # Copies, since a model that is donated would take the user's own with it.
-    numbers = {name: jnp.array(value, jnp.float32) for name, value in given.items()}
-    for name, number in numbers.items():
-        if number.shape != ():
-            raise ValueError(f"strength must be a number, got shape {number.shape} for {name!r}")
+    numbers = {}
+    for name, value in given.items():
+        if jnp.shape(value) != () or not jnp.isrealobj(value):
+            raise ValueError(f"strength must be a number, got {value!r} for {name!r}")
+        numbers[name] = jnp.array(value, jnp.float32)
     return numbers
 
 
@@ -197,6 +204,14 @@ def without(config: Configs, name: str) -> dict[str, RandLoraConfig]:
             "variables, or in NNX remove(model)"
         )
     return others
+
+
+def _check(variables: trees.Tree, config: Configs) -> None:
+    """Raises an error for variables that don't have the scales of the config's adapters."""
+    check_variables(variables, "randlora")
+    check_config(config, several=True)
+    for name in by_name(config):
+        scales_of(variables, name)
 
 
 def _there_is(config: Configs) -> str:

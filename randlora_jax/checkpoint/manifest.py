@@ -115,6 +115,13 @@ class Manifest:
         bases = {name: value for name, value in described["bases"].items() if name in known}
         return cls(config, BasesRecord(**bases), dict(described["arrays"]))
 
+    def check_dtypes(self) -> None:
+        """Raises BadAdapter for arrays that JAX would read as narrower ones."""
+        for name, text in self.arrays.items():
+            dtype = text.partition("[")[0]
+            if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+                raise BadAdapter(f"has {name} in {dtype}: set jax_enable_x64 to read it")
+
     def check_shapes(self, shapes: trees.Tree) -> None:
         """Raises BadAdapter where arrays can't be those that were saved: before they are read."""
         found = {name_of(path): shape_of(leaf) for path, leaf in trees.items(shapes)}

@@ -54,6 +54,7 @@ def _read_arrays(path: epath.Path, where: Sharding) -> tuple[dict[str, Any], Man
     try:
         saved = handler.metadata(path)
         manifest, shapes = Manifest.from_dict(saved.custom_metadata), dict(saved.tree)
+        manifest.check_dtypes()
         manifest.check_shapes(shapes)
         # The devices that it was saved from need not be here: the shardings are ours.
         wanted = jax.tree.map(

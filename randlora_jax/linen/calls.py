@@ -55,22 +55,36 @@ def method_of(context: InterceptorContext) -> str | None:
 
 
 @contextlib.contextmanager
-def unseen() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
+def unseen(ours: Any = None) -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """What runs in here, no interceptor sees, and it is not among the captured intermediates.
 
     What we run in place of a call, or beside it, is nothing of the user's: an interceptor would do
     twice what it does. What the yielded decorator is given, is seen as ever.
+
+    Args:
+      ours: our interceptor, if what runs stands for a call that it has: those that came after it,
+        which have not seen that call yet, do see this one.
     """
     hidden: list[Any] = []
 
     def hide():
+        later = []
         while _interceptors:
             hidden.append(_interceptors.pop())
+            if hidden[-1] is ours:
+                later = hidden[:-1]
+                del hidden[:-1]
+        for interceptor in reversed(later):
+            _interceptors.push(interceptor)
         _context.capture_stack.append(None)
 
     def show():
-        while hidden:
-            _interceptors.push(hidden.pop())
+        later = []
+        while _interceptors:
+            later.append(_interceptors.pop())
+        for interceptor in (*reversed(hidden), *reversed(later)):
+            _interceptors.push(interceptor)
+        hidden.clear()
         _context.capture_stack.pop()
 
     def seen(function):

@@ -14,12 +14,13 @@ from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.left_out import Seen, may_be_kernels
 from randlora_jax.linen.calls import OurCall, deterministic_of, method_of, unbound
 from randlora_jax.registry import (
     Arguments,
     LayerRule,
     Parameters,
-    add_no_linear_layers,
+    add_no_linear_layer,
     add_rule,
     check_has_kernel,
     check_orientation,
@@ -27,7 +28,7 @@ from randlora_jax.registry import (
     raw_kernels,
     rule_for,
 )
-from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, Shape, Site, Stack
 from randlora_jax.stacks import select_layers
 from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
@@ -45,13 +46,10 @@ def _dense_axes(layer: Any) -> tuple[int, ...]:
 add_rule(LayerRule(nn.Dense, input_axes=(0,), product="dot_general"))
 add_rule(LayerRule(nn.DenseGeneral, layer_axes=_dense_axes, product="dot_general"))
 add_rule(LayerRule(nn.Einsum, plain=True))
-_convolution = nn.Conv.__base__
-assert _convolution is not None
-add_no_linear_layers(
-    *(nn.Embed, _convolution, nn.PReLU),
-    *(nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm),
-    *(nn.WeightNorm, nn.SpectralNorm),
-)
+for _name in ["Embed", "Conv", "ConvLocal", "ConvTranspose", "PReLU"]:
+    add_no_linear_layer(getattr(nn, _name))
+for _name in ["Batch", "Layer", "RMS", "Group", "Instance", "Weight", "Spectral"]:
+    add_no_linear_layer(getattr(nn, _name + "Norm"))
 
 
 def discover(
@@ -63,8 +61,8 @@ def discover(
     kwargs: Mapping[str, Any],
     method: Any = None,
     rngs: Mapping[str, Any] | None = None,
-) -> tuple[list[Site], dict[str, type]]:
-    """The sites of a base, which is traced on the arguments and not run; its modules' classes.
+) -> tuple[list[Site], Seen]:
+    """The sites of a base, which is traced on the arguments and not run; and what was seen.
 
     Raises:
       ValueError: for targets that match nothing or nothing linear, and for parameters that are not
@@ -95,13 +93,17 @@ def discover(
         shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
     traced = dict(trees.items(nn.unbox(shapes)))
     given = dict(trees.items(variables["params"]))
+    kernels = {(*module, name) for module, name in seen.found}
     names = [trees.dotted(path) for path in given]
-    targets.check(config, seen.modules, trees.modules_of(given), seen.submodules, names)
-    check_parameters(parameters, names)
+    check_parameters(parameters, names, map(trees.dotted, kernels))
+    free = [trees.dotted(p) for p in may_be_kernels({p: given[p].shape for p in given}, kernels)]
+    raw = {trees.dotted(path) for path in kernels}
+    targets.check(config, seen.modules, trees.modules_of(given), seen.submodules, free, raw)
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
     check_orientation(sites, config)
     classes = {name: cls for name, (cls, _) in seen.modules.items()}
-    return select_layers([_as_given(site, given) for site in sites], config), classes
+    chosen = select_layers([_as_given(site, given) for site in sites], config)
+    return chosen, Seen(classes, {path: given[path].shape for path in given}, seen.shapes)
 
 
 def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) -> Site:
@@ -161,6 +163,7 @@ class Discovery:
       modules: by name, each module's class and whether it can be adapted.
       submodules: names of what `setup` made, which need not run: a nested apply runs copies.
       found: the targets' kernels by (module, name).
+      shapes: of parameters by path, as the innermost module that holds them sees them.
       undecided: paths of modules of which a method ran that does not tell of their kernel.
       running: modules of which a method runs: other methods of theirs within it decide nothing.
     """
@@ -172,6 +175,7 @@ class Discovery:
     modules: dict[str, tuple[type, bool]] = dataclasses.field(default_factory=dict)
     submodules: set[str] = dataclasses.field(default_factory=set)
     found: dict[tuple[trees.Path, str], Kernel] = dataclasses.field(default_factory=dict)
+    shapes: dict[trees.Path, Shape] = dataclasses.field(default_factory=dict)
     undecided: set[trees.Path] = dataclasses.field(default_factory=set)
     running: list[nn.Module] = dataclasses.field(default_factory=list)
 
@@ -204,6 +208,10 @@ class Discovery:
         if rule is not None and call is None and is_target and name not in kernels.values():
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))
+        for path, leaf in trees.items(module.variables.get("params", {})):
+            shape, known = nn.unbox(leaf).shape, self.shapes.get((*module.path, *path))
+            if known is None or len(shape) < len(known):
+                self.shapes[(*module.path, *path)] = shape
         for value in vars(module).values():
             for child in value if isinstance(value, tuple) else (value,):
                 if isinstance(child, nn.Module) and child.scope is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core.scope import LazyRng
 from flax.linen.module import InterceptorContext
 
@@ -21,7 +22,7 @@ from randlora_jax.linen.calls import OurCall, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import Arguments, Parameters, rule_for
+from randlora_jax.registry import Arguments, Parameters
 from randlora_jax.sites import (
     GAMMA,
     LAMBDA,
@@ -84,7 +85,8 @@ class Interceptor:
         taken = {(module.path, update.kernel.name) for update in found}
         function: Any = context.orig_method
         call = LinenCall(
-            module, type(module), method, args, kwargs, function.func, next_fun, running, taken
+            *(module, type(module), method, args, kwargs, function.func, next_fun),
+            *(self, running, taken),
         )
         return updates.run(call, found, self.bases, self.strategy)
 
@@ -95,8 +97,7 @@ class Interceptor:
         config = next(iter(self.adapters.values()))
         params, found = module.variables.get("params", {}), []
         kernels = adaptable(module, name, config, self.parameters, call)
-        if call is None:
-            kernels |= _scaled_kernel(module, name, params, kernels)
+        kernels |= _scaled_kernels(name, params, kernels)
         for kernel, target in kernels.items():
             beside = params.get(kernel.label[0], {}) if kernel.label else params
             for adapter, config in self.adapters.items():
@@ -132,14 +133,15 @@ class Interceptor:
         return dropout
 
     def _key(self, module: nn.Module, number: jax.Array | None) -> jax.Array:
-        if module.has_rng("dropout") or self.key is None:
+        # A base without dropout of its own has no reason to hand "dropout" through its `nn.scan`,
+        # or to an `apply` within. Elsewhere, as under a `nn.vmap` of examples, it alone can tell.
+        apart = number is not None or not self.calls.has(module)
+        if module.has_rng("dropout") or self.key is None or not apart:
             return module.make_rng("dropout")
-        # A base without dropout of its own has no reason to hand "dropout" through its `nn.scan`.
         self.drawn[module.path] += 1
-        given = self.key.as_jax_rng() if isinstance(self.key, LazyRng) else self.key
-        key = trees.folded(given, module.path)
-        if number is not None:
-            key = jax.random.fold_in(key, number.reshape(-1)[0])
+        key = self.key.as_jax_rng() if isinstance(self.key, LazyRng) else self.key
+        if number is not None:  # it says which layer of which stack, where paths may be a cache's
+            key = jax.random.fold_in(key, number.reshape(-1)[0].astype(jnp.uint32))
         return jax.random.fold_in(key, self.drawn[module.path])
 
 
@@ -157,26 +159,32 @@ def _names(leaf: Any) -> set[str]:
     return {key.partition(":")[0] for key in leaf} if isinstance(leaf, Mapping) else set()
 
 
-def _scaled_kernel(
-    module: nn.Module, name: str, params: Mapping[str, Any], known: Mapping[Kernel, str]
+def _scaled_kernels(
+    name: str, params: Mapping[str, Any], known: Mapping[Kernel, str]
 ) -> dict[Kernel, str]:
-    """A registered layer's kernel as its scales have it, where its other methods don't tell."""
-    rule = rule_for(type(module))
-    if rule is None or rule.kernel not in params or rule.kernel in {k.name for k in known}:
-        return {}
-    value = nn.unbox(params[rule.kernel])
+    """A module's kernels as their scales have them, where nothing else tells of them.
+
+    A method may not say how its layer's call uses the kernel; and a model that was built from a
+    loaded adapter may lack its `parameters`, or the rule of its class.
+    """
+    found, claimed = {}, {kernel.name for kernel in known}
     for key, leaf in params.items():
         (*_, labelled), axes = parse_label((key,))
-        if axes is not None and labelled == rule.kernel and LAMBDA in _names(leaf):
-            return {Kernel(value.shape, axes, labelled, value.dtype): name}
+        if axes is not None and labelled not in claimed and LAMBDA in _names(leaf):
+            value = nn.unbox(params[labelled])
+            if nn.unbox(next(iter(leaf.values()))).ndim == 2:  # else outside of a lifted layer
+                found[Kernel(value.shape, axes, labelled, value.dtype)] = name
     shapes = {  # of any adapter's, for they agree
         key.partition(":")[0]: nn.unbox(leaf).shape for key, leaf in params.items() if is_scale(key)
     }
-    for i in range(1, value.ndim) if shapes and len(shapes[LAMBDA]) == 2 else ():
-        kernel = Kernel(value.shape, tuple(range(i)), rule.kernel, value.dtype)
+    if "kernel" not in params or "kernel" in claimed or len(shapes.get(LAMBDA, ())) != 2:
+        return found
+    value = nn.unbox(params["kernel"])
+    for i in range(1, value.ndim):
+        kernel = Kernel(value.shape, tuple(range(i)), "kernel", value.dtype)
         if kernel.scale_shapes(shapes[LAMBDA][0]) == (shapes[LAMBDA], shapes[GAMMA]):
-            return {kernel: name}
-    return {}
+            return found | {kernel: name}
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +194,13 @@ class LinenCall(updates.Call):
     Attributes:
       function: the method as it is written.
       next_fun: the same, bound, with what other interceptors make of it.
+      interceptor: ours, which has the call.
       running, taken: what has its update by now, to which the call adds its kernels.
     """
 
     function: Callable[..., Any]
     next_fun: Callable[..., Any]
+    interceptor: Interceptor
     running: Running
     taken: Running
 
@@ -219,7 +229,7 @@ class LinenCall(updates.Call):
             params = {name: changed(name, node) for name, node in collections["params"].items()}
             return {**collections, "params": params}
 
-        with self._running(), unseen() as seen:
+        with self._running(), unseen(None if beside else self.interceptor) as seen:
             # Flax takes the method under a transform for another call of it.
             function = self.function if beside else seen(self.function)
             run = nn.map_variables(function, "params", trans_in_fn=change_params, mutable=False)

@@ -209,13 +209,11 @@ class RandLora(nn.Module):
                 "rl.adapters.insert adds one to it"
             )
         configs = named.by_name(self.config)
-        sites: dict[str, list[Site]] = {}
-        classes: dict[str, type] = {}
-        for name, one in configs.items():
-            given = variables, args, kwargs, method, rngs
-            sites[name], classes = discover(self.base, one, self.parameters, *given)
-        shapes = {p: nn.unbox(leaf).shape for p, leaf in trees.items(variables["params"])}
-        warn_of_left_out(shapes, sites, configs, classes)
+        given = variables, args, kwargs, method, rngs
+        found = {n: discover(self.base, c, self.parameters, *given) for n, c in configs.items()}
+        sites = {name: of_one for name, (of_one, _) in found.items()}
+        _, seen = next(iter(found.values()))
+        warn_of_left_out(seen, sites, configs, stacklevel=3)
         scales, bases = initial_values(configs, sites, self.bases_dtype)
         by_name = {name: boxed(scales[name], sites[name], variables) for name in configs}
         return {**variables, "randlora": named.together(by_name), "randlora_bases": bases}

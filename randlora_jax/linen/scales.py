@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
@@ -26,7 +30,7 @@ def beside_kernels(
     Args:
       variables: with "params" and "randlora".
       active: the adapters, by name.
-      numbered: whether each layer of a stack gets a number of its own, shaped as its lambda.
+      numbered: whether each layer of a stack gets a number of its own, in the shape of its lambda.
     """
     params = variables.get("params", {})
     kernels, added = dict(trees.items(params)), {}
@@ -39,12 +43,22 @@ def beside_kernels(
             for scale, leaf in zip(SCALES, pair, strict=True):
                 spread = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
                 added[(*path, scale_name(scale, name))] = spread
-                if numbered and scale == LAMBDA:
-                    value = nn.unbox(spread)
-                    numbers = jnp.arange(value.size, dtype=jnp.uint32).reshape(value.shape)
+                shape = nn.unbox(spread).shape
+                if numbered and scale == LAMBDA and len(shape) > 2:
+                    numbers = _numbers(path, shape)
                     box = nn.meta.replace_boxed(spread, numbers)
                     added[(*path, scale_name(NUMBER, name))] = box
     return trees.union(params, trees.build(added))
+
+
+def _numbers(path: trees.Path, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers for the layers of a stack, others than another stack's.
+
+    They are of floating point, whole and exact, since a model may differentiate its parameters.
+    """
+    first = zlib.crc32("/".join(path).encode())
+    numbers = (np.arange(math.prod(shape), dtype=np.uint64) * 0x9E3779B1 + first) % 2**24
+    return jnp.asarray(numbers.astype(np.float32).reshape(shape))
 
 
 def boxed(

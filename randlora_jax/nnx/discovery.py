@@ -11,11 +11,11 @@ from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.left_out import warn_of_left_out
+from randlora_jax.left_out import Seen, may_be_kernels, warn_of_left_out
 from randlora_jax.registry import (
     LayerRule,
     Parameters,
-    add_no_linear_layers,
+    add_no_linear_layer,
     add_rule,
     check_has_kernel,
     check_orientation,
@@ -56,11 +56,10 @@ _RULES = (
 )
 for _rule in _RULES:
     add_rule(_rule)
-add_no_linear_layers(
-    *(nnx.Embed, nnx.Conv, nnx.ConvTranspose, nnx.PReLU, nnx.LoRA),
-    *(nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm),
-    *(nnx.WeightNorm, nnx.SpectralNorm),
-)
+for _name in ["Embed", "Conv", "ConvTranspose", "PReLU", "LoRA"]:
+    add_no_linear_layer(getattr(nnx, _name))
+for _name in ["Batch", "Layer", "RMS", "Group", "Instance", "Weight", "Spectral"]:
+    add_no_linear_layer(getattr(nnx, _name + "Norm"))
 
 
 def original_class(module: Any) -> Any:
@@ -81,10 +80,10 @@ def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
     return {path: module for path, module in found.items() if path not in ours}
 
 
-def variables_of(model: nnx.Module) -> dict[trees.Path, nnx.Variable[Any]]:
-    """A model's own variables by path, those in dictionaries of its modules too."""
+def variables_of(model: nnx.Module, kind: Any = nnx.Variable) -> dict[trees.Path, Any]:
+    """A model's own variables of a kind by path, those in dictionaries of its modules too."""
     nodes = ((tuple(map(str, path)), node) for path, node in nnx.iter_graph(model))
-    found = {path: node for path, node in nodes if isinstance(node, nnx.Variable)}
+    found = {path: node for path, node in nodes if isinstance(node, kind)}
     return {p: v for p, v in found.items() if not any(n.startswith("randlora_") for n in p)}
 
 
@@ -111,8 +110,10 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
             sites.append(Site(path, kernel))
             known[target] = original_class(module), True
     check_parameters(parameters, map(trees.dotted, paths))
-    names = map(trees.dotted, [*paths, *variables_of(modules[()])])
-    targets.check(config, known, parameters=dict.fromkeys(names))
+    shapes = {path: v.get_value().shape for path, v in variables_of(modules[()], nnx.Param).items()}
+    free = may_be_kernels(shapes, {site.kernel_path for site in sites})
+    raw = {trees.dotted(site.kernel_path) for site in sites}
+    targets.check(config, known, parameters=map(trees.dotted, free), raw=raw)
     _refuse_tied(modules, sites)
     check_orientation(sites, config)
     return select_layers({site.path: site for site in sites}.values(), config)
@@ -122,13 +123,9 @@ def tell_left_out(
     modules: Modules, sites: Mapping[str, Sequence[Site]], configs: Mapping[str, RandLoraConfig]
 ) -> None:
     """Warns of what "all-linear" leaves out."""
-    shapes = {
-        path: variable.get_value().shape
-        for path, variable in variables_of(modules[()]).items()
-        if isinstance(variable, nnx.Param)
-    }
+    shapes = {path: v.get_value().shape for path, v in variables_of(modules[()], nnx.Param).items()}
     classes = {trees.dotted(path): original_class(module) for path, module in modules.items()}
-    warn_of_left_out(shapes, sites, configs, classes)
+    warn_of_left_out(Seen(classes, shapes), sites, configs, stacklevel=4)
 
 
 def variable_of(modules: Modules, site: Site) -> nnx.Variable[Any]:

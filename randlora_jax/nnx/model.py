@@ -36,7 +36,9 @@ from randlora_jax.nnx.state import (
     variables,
 )
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.sites import Site
+from randlora_jax.registry import rule_for
+from randlora_jax.sites import Site, parse_label
+from randlora_jax.stored import scale_pairs
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -149,7 +151,7 @@ def load_adapter(
     Args:
       path: a folder that `save_adapter` made.
       model: not injected yet, or with this same adapter's config.
-      **options: for `inject`.
+      **options: for `inject`; `parameters` are those that the adapter has scales for.
 
     Returns:
       The adapter's config.
@@ -171,8 +173,21 @@ def load_adapter(
     if injected:
         update(model, loaded)
     else:
+        options.setdefault("parameters", _raw_parameters(model, loaded))
         inject(model, config, values=loaded, **options)
     return config
+
+
+def _raw_parameters(model: nnx.Module, values: trees.Tree) -> dict[str, tuple[int, ...]]:
+    """What `inject` calls `parameters`, as the labels of scales tell it."""
+    modules, params = modules_of(model), dict(trees.items(values["params"]))
+    found = {}
+    for path, _ in scale_pairs(values["randlora"]):
+        where, axes = parse_label(path, params)
+        rule = rule_for(type(modules[where[:-1]])) if where[:-1] in modules else None
+        if axes is not None and (rule is None or rule.kernel != where[-1]):
+            found[trees.dotted(where)] = axes
+    return found
 
 
 def merge(model: Model, *, safe: bool = True) -> Model:
