@@ -123,11 +123,14 @@ def _cure(
     modules: Mapping[str, type],
 ) -> tuple[str, str]:
     """What to write to adapt one parameter: (kind, text)."""
-    cls = None if owner is None else modules[owner]
-    if cls is not None and issubclass(cls, _BRIDGES):
+    not_run = "run", "give adapt inputs, or a method, that run their modules"
+    if owner is None:
+        return not_run
+    cls = modules[owner]
+    if issubclass(cls, _BRIDGES):
         return "bridge", f"adapt the module within the {cls.__name__}, by RandLora or inject"
-    if cls is None or owner != trees.dotted(path[:-1]):
-        return "run", "give adapt inputs, or a method, that run their modules"
+    if owner != trees.dotted(path[:-1]):
+        return not_run
     alone = [other for other in left if owners[other] == owner] == [path]
     if alone and not any(targets.is_within(name, owner) for name in modules):
         call = f"randlora_jax.register_layer({cls.__name__}, kernel={path[-1]!r})"
