@@ -91,6 +91,23 @@ def placed(layout, kind):
 
 
 @pytest.mark.parametrize("strategy", ["merged", "factored"])
+@pytest.mark.parametrize("data_axes", [(), ("data",)], ids=["all", "model"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_automatic_axes_exchange_what_explicit_ones_do(layout, data_axes, strategy):
+    """Where `sharding` puts the scales: a gamma that is divided is fetched, and nothing else."""
+    moved = {}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh, trainable, frozen, x = placed(layout, kind)
+        variables = rl.combine(trainable, frozen)
+        shardings = rl.sharding(variables, CONFIG, mesh, data_axes=data_axes)
+        trainable, frozen = rl.split(jax.device_put(variables, shardings), CONFIG)
+        with jax.set_mesh(mesh):
+            compiled = shipped_jit(step(strategy)).lower(trainable, frozen, x).compile()
+        moved[kind] = exchanged(compiled)
+    assert moved[AxisType.Auto] == moved[AxisType.Explicit]
+
+
+@pytest.mark.parametrize("strategy", ["merged", "factored"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_scales_gradients_are_exchanged_besides_what_the_base_exchanges(

@@ -96,14 +96,15 @@ def discover(
     kernels = {(*module, name) for module, name in seen.found}
     names = [trees.dotted(path) for path in given]
     check_parameters(parameters, names, map(trees.dotted, kernels))
-    free = [trees.dotted(p) for p in may_be_kernels({p: given[p].shape for p in given}, kernels)]
+    shapes = {path: nn.unbox(leaf).shape for path, leaf in given.items()}
+    free = map(trees.dotted, may_be_kernels(shapes, kernels))
     raw = {trees.dotted(path) for path in kernels}
     targets.check(config, seen.modules, trees.modules_of(given), seen.submodules, free, raw)
     sites = [_site(module, kernel, config, traced) for (module, _), kernel in seen.found.items()]
     check_orientation(sites, config)
     classes = {name: cls for name, (cls, _) in seen.modules.items()}
     chosen = select_layers([_as_given(site, given) for site in sites], config)
-    return chosen, Seen(classes, {path: given[path].shape for path in given}, seen.shapes)
+    return chosen, Seen(classes, shapes, seen.shapes)
 
 
 def _site(module: trees.Path, kernel: Kernel, config: RandLoraConfig, traced) -> Site:

@@ -170,7 +170,9 @@ def _scaled_kernels(
     found, claimed = {}, {kernel.name for kernel in known}
     for key, leaf in params.items():
         (*_, labelled), axes = parse_label((key,))
-        if axes is not None and labelled not in claimed and LAMBDA in _names(leaf):
+        # Scales alone, and no parameters of a module that is called so.
+        ours = isinstance(leaf, Mapping) and leaf and all(map(is_scale, leaf))
+        if axes is not None and labelled in params and labelled not in claimed and ours:
             value = nn.unbox(params[labelled])
             if nn.unbox(next(iter(leaf.values()))).ndim == 2:  # else outside of a lifted layer
                 found[Kernel(value.shape, axes, labelled, value.dtype)] = name

@@ -20,7 +20,7 @@ from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
-from randlora_jax.ops.partitioning import Arrays, divided_like, per_device
+from randlora_jax.ops.partitioning import Arrays, divided_like, per_device, varying_alike
 from randlora_jax.ops.products import (
     Backward,
     Forward,
@@ -247,6 +247,7 @@ class RandLoraDotGeneral:
         }
         if kernel is not None:
             operands["kernel"] = kernel
+        operands = varying_alike(operands)
         # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
         y = _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

@@ -139,6 +139,22 @@ def per_device(function: Callable[..., Arrays], division: Division, operands: Ar
     return {name: x for (name, _), x in zip(division.results, results, strict=True)}
 
 
+def varying_alike(operands: Arrays) -> Arrays:
+    """The operands as arrays that all differ by device, if one does, within a `jax.shard_map`.
+
+    With its default `check_vma=True` the types say it. Their gradients differ then too, and the
+    transpose of the cast sums those of what was the same for all devices.
+    """
+    varying = {name: jax.typeof(a).mat.varying for name, a in operands.items()}
+    every = frozenset().union(*varying.values())
+    return {
+        name: jax.lax.pcast(a, tuple(every - varying[name]), to="varying")
+        if every - varying[name]
+        else a
+        for name, a in operands.items()
+    }
+
+
 def divided_like(value: jax.Array, other: jax.Array) -> jax.Array:
     """The value, divided as the other's type says, as a gradient must be."""
     sharding = jax.typeof(other).sharding
@@ -162,7 +178,9 @@ def _told_by_types(function, division: Division, mesh, operands):
         axis_names=explicit,
         check_vma=False,
     )
-    return run(*(jax.sharding.reshard(x, s) for x, s in zip(operands, in_specs, strict=True)))
+    # By the mesh too, which need not be the current one.
+    placed = (NamedSharding(mesh, spec) for spec in in_specs)
+    return run(*(jax.sharding.reshard(x, s) for x, s in zip(operands, placed, strict=True)))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -58,7 +58,7 @@ class Spec:
             "kernel": Part(ins + outs),
             "x": Part(tokens + ins),
             "dy": Part(tokens + outs),
-            "A": Part(("r", *small), group="s"),
+            "A": Part(("r", *small), group="a"),
             "V": Part((*large, "m"), group="v"),
             "lam": Part(("a", "r", "n")),
             "gamma": Part(("a", "n", *small), group="s"),
