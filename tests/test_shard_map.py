@@ -76,6 +76,61 @@ def test_data_divided_by_hand(make, strategy, checked):
     assert sum(moved.values()) <= 4 + sum(a.nbytes for a in jax.tree.leaves(scales))
 
 
+class Local(nn.Module):
+    """The part of `Model` that one of four devices has, for tensor parallelism by hand."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.gelu(nn.Dense(20 // 4, name="up", use_bias=False)(x))
+        return jax.lax.psum(nn.Dense(12, name="down", use_bias=False)(h), "model")
+
+
+def test_kernels_that_are_divided_by_hand_are_refused():
+    wide = CONFIG.replace(r=2)
+    whole = {"up": {"kernel": normal(1, 3, 20)}, "down": {"kernel": normal(2, 20, 12)}}
+    mesh = jax.make_mesh((4, 2), ("model", "data"), axis_types=(AxisType.Auto,) * 2)
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.gelu(nn.Dense(20, name="up", use_bias=False)(x))
+            return nn.Dense(12, name="down", use_bias=False)(h)
+
+    x = normal(3, 8, 3)
+    # Of up's (3, 20) a device has (3, 5): the scales fit the one as the other.
+    config = wide.replace(target_modules=["up"])
+    variables = RandLora(Whole(), config).adapt({"params": whole}, x)
+    model = RandLora(Local(), config)
+    parts = {"up": {"kernel": P(None, "model")}, "down": {"kernel": P("model")}}
+    specs = {"params": parts, "randlora": P(), "randlora_bases": P()}
+    run = lambda axes: jax.shard_map(
+        lambda v, x: model.apply(v, x),
+        mesh=mesh,
+        in_specs=(specs, P("data")),
+        out_specs=P("data"),
+        axis_names=axes,
+    )
+    with pytest.raises(ValueError, match=r"shape \(3, 5\) differs by device along \['model'\]"):
+        jax.jit(run({"model", "data"}))(variables, x)
+
+
+def test_an_ensemble_by_hand_has_scales_of_its_own():
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
+    model = RandLora(Model(), CONFIG)
+    keys = jax.random.split(jax.random.key(0), 8)
+    members = jax.vmap(lambda key: model.init(key, X))(keys)
+    members = {**members, "randlora": randomised(members["randlora"])}
+    own = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    run = jax.shard_map(
+        lambda v, x: model.apply(own(v), x)[None],
+        mesh=mesh,
+        in_specs=(P("member"), P()),
+        out_specs=P("member"),
+    )
+    expected = jax.vmap(model.apply, (0, None))(members, X)
+    assert_close(jax.jit(run)(members, X), expected, 1e-5)
+
+
 @FRONT_ENDS
 def test_an_explicit_mesh_need_not_be_the_current_one(make):
     loss, scales, frozen = make("auto")

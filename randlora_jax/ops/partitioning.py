@@ -144,8 +144,21 @@ def varying_alike(operands: Arrays) -> Arrays:
 
     With its default `check_vma=True` the types say it. Their gradients differ then too, and the
     transpose of the cast sums those of what was the same for all devices.
+
+    Raises:
+      ValueError: for a kernel that is divided by hand, whose update nothing here can tell.
     """
     varying = {name: jax.typeof(a).mat.varying for name, a in operands.items()}
+    of_kernel = varying.get("kernel", frozenset())
+    alone = of_kernel - varying["x"] - varying["lam"] - varying["gamma"]
+    if alone:
+        shape, axes = operands["kernel"].shape, sorted(alone)
+        raise ValueError(
+            f"a kernel of shape {shape} differs by device along {axes}, and its input and its "
+            "scales don't: a part of a kernel, divided by hand within jax.shard_map, has no update "
+            "of its own. Leave that axis to the compiler: jax.shard_map(..., axis_names=...) "
+            "without it"
+        )
     every = frozenset().union(*varying.values())
     return {
         name: jax.lax.pcast(a, tuple(every - varying[name]), to="varying")
