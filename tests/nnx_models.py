@@ -86,7 +86,11 @@ class Stack(nnx.Module):
 
 def trained(model, config=CONFIG, seed=7, **options):
     """The model, injected, with random scales."""
-    inject(model, config, **options)
+    return with_random_scales(inject(model, config, **options), seed)
+
+
+def with_random_scales(model, seed=7):
+    """The same of a model that is injected already."""
     values = variables(model)
     update(model, {**values, "randlora": randomised(values["randlora"], seed)})
     return model

@@ -12,7 +12,7 @@ from randlora_jax import adapters
 from randlora_jax import nnx as rx
 from randlora_jax.linen import RandLora
 from tests.linen_cases import assert_close, assert_same_bits, randomised
-from tests.nnx_models import unchanged_if_it_fails
+from tests.nnx_models import trained, unchanged_if_it_fails
 from tests.refused_models import Model, NnxModel, X
 
 UP = rl.RandLoraConfig(r=3, randlora_alpha=2.0, target_modules=["up"])
@@ -27,10 +27,7 @@ def of_linen(configs=CONFIGS):
 
 
 def of_nnx(configs=CONFIGS):
-    model = rx.inject(NnxModel(), configs)
-    values = rx.variables(model)
-    rx.update(model, {**values, "randlora": randomised(values["randlora"], 7)})
-    return model
+    return trained(NnxModel(), configs)
 
 
 def scaled(config, number):

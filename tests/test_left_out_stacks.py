@@ -12,6 +12,7 @@ import randlora_jax as rl
 from randlora_jax import nnx as rx
 from randlora_jax.linen import RandLora
 from tests.linen_cases import assert_close, randomised
+from tests.nnx_models import trained
 from tests.test_left_out import ALL, INIT, D, NnxEverything, X, not_adapted, of_linen, of_nnx
 
 
@@ -165,10 +166,7 @@ def test_a_bridge_s_parameters_can_be_adapted_by_path_and_its_model_by_itself():
     config = ALL.replace(target_modules=["known"])
     for adapt in (of_linen, of_nnx):
         adapt(config, parameters={"bridge.kernel": (0,)})
-    model = NnxEverything()
-    rx.inject(model, config, parameters={"bridge.kernel": (0,)})
-    values = rx.variables(model)
-    rx.update(model, {**values, "randlora": randomised(values["randlora"])})
+    model = trained(NnxEverything(), config, parameters={"bridge.kernel": (0,)})
     y = model(X)
     assert_close(rx.merge(model)(X), y, 1e-5)
 

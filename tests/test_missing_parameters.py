@@ -12,6 +12,7 @@ from randlora_jax import nnx as rx
 from randlora_jax import registry
 from randlora_jax.linen import RandLora
 from tests.linen_cases import assert_close, normal, randomised
+from tests.nnx_models import trained
 
 D = 5
 X = normal(0, 4, D)
@@ -81,9 +82,7 @@ def test_in_linen(registered, tmp_path, jitted):
 
 
 def test_in_nnx(tmp_path):
-    model = rx.inject(NnxModel(), CONFIG, parameters=PARAMETERS)
-    values = rx.variables(model)
-    rx.update(model, {**values, "randlora": randomised(values["randlora"])})
+    model = trained(NnxModel(), CONFIG, parameters=PARAMETERS)
     rl.save_adapter(tmp_path / "a", rx.variables(model), CONFIG)
     serving = NnxModel()
     rx.load_adapter(tmp_path / "a", serving)
