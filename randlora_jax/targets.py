@@ -162,18 +162,16 @@ def check(
     for name in () if isinstance(config.target_modules, str) else config.target_modules or ():
         if any(names_module((name,), module) for module in modules):
             continue
-        held = [
-            m for m in linear if name.rpartition(".")[0] and names_module((name,), f"{m}.kernel")
-        ]
-        if held:
+        held = [module for module in linear if names_module((name,), f"{module}.kernel")]
+        if held and "." in name:
             raise ValueError(
                 f"target_modules: {name!r} is the kernel of {held[0]!r}: give that name"
             )
-        raw = [p for p in parameters if names_module((name,), p)]
-        if raw:
+        meant = next((p for p in parameters if names_module((name,), p)), None)
+        if meant is not None:
             raise ValueError(
-                f"target_modules: {name!r} is no module but the parameter {raw[0]!r}: adapt it by "
-                f"parameters={{{raw[0]!r}: (...)}}, with those of its axes that are inputs"
+                f"target_modules: {name!r} is no module but the parameter {meant!r}: adapt it by "
+                f"parameters={{{meant!r}: (...)}}, with those of its axes that are inputs"
             )
     _check_names(config, "target_modules", modules, linear)
     everything = list(dict.fromkeys([*modules, *others]))
