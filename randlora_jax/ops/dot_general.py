@@ -20,7 +20,13 @@ from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
-from randlora_jax.ops.partitioning import Arrays, divided_like, per_device, varying_alike
+from randlora_jax.ops.partitioning import (
+    Arrays,
+    divided_like,
+    mesh_axes,
+    per_device,
+    varying_alike,
+)
 from randlora_jax.ops.products import (
     Backward,
     Forward,
@@ -235,7 +241,7 @@ class RandLoraDotGeneral:
         tokens = [i for i in range(x.ndim) if i not in contract]
         spec = Spec(
             len(tokens), len(contract), kernel_shape, kernel is not None, precision,
-            preferred_element_type, self.strategy,
+            preferred_element_type, self.strategy, _out_axes(out_sharding, len(tokens)),
         )  # fmt: skip
         lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
         operands = {
@@ -251,6 +257,12 @@ class RandLoraDotGeneral:
         # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
         y = _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+def _out_axes(out_sharding: Any, tokens: int) -> tuple[tuple[str, ...], ...]:
+    """The mesh's axes that are wanted for each axis of the outputs."""
+    spec = getattr(out_sharding, "spec", out_sharding) or ()
+    return tuple(mesh_axes(entry) for entry in tuple(spec)[tokens:])
 
 
 def _features(kernel_shape, contract) -> tuple[int, int]:

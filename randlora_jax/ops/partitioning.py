@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,9 @@ from jax.sharding import PartitionSpec as P
 Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
 Axes = tuple[str, ...]  # axes of a mesh
 Arrays = dict[str, jax.Array]
+
+
+_MAPPED = "v"  # how the names of factors begin that `jax.vmap` adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Division:
     Attributes:
       operands, results: (name, part) of each array. Where operands disagree on a factor's axes,
         the first operand is followed.
-      first: factors whose axes are decided before all others'.
+      first: factors that have an axis rather than others that have it as often.
+      told: the axes of factors, as somebody says them.
       undivided: factors that are never divided.
     """
 
@@ -57,26 +62,52 @@ class Division:
     results: tuple[tuple[str, Part], ...]
     first: Factors = ()
     undivided: Factors = ()
+    told: tuple[tuple[str, Axes], ...] = ()
 
     def assign(
-        self, shapes: Sequence[tuple[int, ...]], specs: Sequence[P], sizes: Mapping[str, int]
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        specs: Sequence[P],
+        sizes: Mapping[str, int],
+        *,
+        by_type: bool = False,
     ) -> dict[str, Axes]:
-        """The axes that divide each factor; an axis divides one factor only."""
-        axes: dict[str, Axes] = {}
-        used: set[str] = set()
-        for only_first in (True, False):
-            for (_, part), shape, spec in zip(self.operands, shapes, specs, strict=True):
-                for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
-                    entry = () if entry in (None, P.UNCONSTRAINED) else entry
-                    entry = (entry,) if isinstance(entry, str) else tuple(entry)
-                    free = tuple(a for a in entry if a not in used)
-                    if (factor in self.first) != only_first or factor in self.undivided:
-                        continue
-                    parts = math.prod(sizes[a] for a in free)
-                    if factor not in axes and free and size % parts == 0:
-                        axes[factor] = free
-                        used.update(free)
-        return axes
+        """The axes that divide each factor; an axis divides one factor only.
+
+        That is the one by which it divides the most elements already: all other arrays that have
+        the axis are gathered. With `by_type`, what is told comes before that, and then the first
+        factors: where the specs are types, those of results must not depend on sizes.
+
+        Args:
+          shapes, specs: of the operands, and of the results, where their specs are known.
+          sizes: of the mesh's axes.
+        """
+        told = {axis: factor for factor, axes in self.told for axis in axes}
+        held: dict[str, dict[str, int]] = {}  # by axis and factor: elements
+        length: dict[str, int] = {}
+        entries: dict[str, list[Axes]] = {}
+        parts = [part for _, part in (*self.operands, *self.results)]
+        for part, shape, spec in zip(parts, shapes, specs, strict=False):
+            for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
+                length[factor] = size
+                entries.setdefault(factor, []).append(mesh_axes(entry))
+                for axis in () if factor in self.undivided else mesh_axes(entry):
+                    of_axis = held.setdefault(axis, {})
+                    of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
+        chosen: dict[str, set[str]] = {}
+        for axis, of_axis in held.items():
+            decided = {told.get(axis): -2, **dict.fromkeys(self.first, -1)} if by_type else {}
+            by_size = sorted(of_axis, key=lambda f, of=of_axis: (-of[f], f not in self.first))
+            for factor in sorted(by_size, key=lambda f, of=decided: of.get(f, 0)):
+                wanted = {axis, *chosen.get(factor, ())}
+                if length[factor] % math.prod(sizes[a] for a in wanted) == 0:
+                    chosen[factor] = wanted
+                    break
+        # In the order in which most of them divide an array.
+        for entry in entries.values():
+            entry.sort(key=len, reverse=True)
+        in_order = lambda factor: dict.fromkeys(a for entry in entries[factor] for a in entry)
+        return {f: tuple(a for a in in_order(f) if a in axes) for f, axes in chosen.items()}
 
     def specs(self, axes: Mapping[str, Axes]) -> tuple[tuple[P, ...], tuple[P, ...]]:
         """The PartitionSpecs of operands and of results, if axes divide the factors so."""
@@ -86,9 +117,24 @@ class Division:
         )
         return operands, results
 
+    def mapped(self, names: frozenset[str]) -> Division:
+        """That of `jax.vmap` over the first axis of these operands, and of all results."""
+        factor = f"{_MAPPED}{sum(f.startswith(_MAPPED) for f in self.first)}"
+        over = lambda part: dataclasses.replace(part, factors=(factor, *part.factors))
+        return dataclasses.replace(
+            self,
+            operands=tuple((n, over(part) if n in names else part) for n, part in self.operands),
+            results=tuple((n, over(part)) for n, part in self.results),
+            first=(factor, *self.first),
+        )
+
     def rule(self) -> str:
         """As Shardy wants it, "a b, b c -> a c"."""
-        name = lambda factor, part: factor + ("" if factor in self.undivided else part.group)
+
+        def name(factor, part):
+            shared = factor in self.undivided or factor.startswith(_MAPPED)
+            return factor + ("" if shared else part.group)
+
         left, right = (
             ", ".join(" ".join(name(f, part) for f in part.factors) for _, part in arrays)
             for arrays in (self.operands, self.results)
@@ -176,36 +222,57 @@ def divided_like(value: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _told_by_types(function, division: Division, mesh, operands):
-    explicit = {
-        a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    }  # fmt: skip
     shapes = [x.shape for x in operands]
-    axes = division.assign(shapes, [jax.typeof(x).sharding.spec for x in operands], mesh.shape)
+    specs = [jax.typeof(x).sharding.spec for x in operands]
+    axes = division.assign(shapes, specs, mesh.shape, by_type=True)
     in_specs, out_specs = division.specs(axes)
+    # No others: a `jax.vmap` around us has axes for itself, and does not say which.
+    used = {axis for spec in in_specs for entry in spec for axis in mesh_axes(entry)}
+    # By the mesh too, which need not be the current one.
+    placed = (NamedSharding(mesh, spec) for spec in in_specs)
+    operands = [jax.sharding.reshard(x, s) for x, s in zip(operands, placed, strict=True)]
+    if not used:
+        return division.in_order(function)(*operands)
     run = jax.shard_map(
         division.summed(function, axes),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=explicit,
+        axis_names=used,
         check_vma=False,
     )
-    # By the mesh too, which need not be the current one.
-    placed = (NamedSharding(mesh, spec) for spec in in_specs)
-    return run(*(jax.sharding.reshard(x, s) for x, s in zip(operands, placed, strict=True)))
+    return run(*operands)
+
+
+def mesh_axes(entry: Any) -> Axes:
+    """The mesh's axes in one entry of a PartitionSpec."""
+    if entry is None or entry is P.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """`jax.vmap` of a function of arrays by name, over the first axis of some."""
+
+    function: Callable[..., Arrays]
+    names: frozenset[str]
+
+    def __call__(self, **operands: jax.Array) -> Arrays:
+        axes = {name: 0 if name in self.names else None for name in operands}
+        return jax.vmap(lambda named: self.function(**named), (axes,))(operands)
 
 
 @functools.lru_cache(maxsize=4096)
 def _told_by_compiler(function, division: Division):
     def partition(mesh, arguments, results):
-        del results
         axes: dict[str, Axes] = {}
         if mesh.empty:  # there are several devices, but nothing that divides anything among them
             mesh = Mesh(np.array(list(arguments[0].sharding.device_set)), ("all",))
         else:
-            specs = [a.sharding.spec for a in arguments]
-            axes = division.assign([a.shape for a in arguments], specs, mesh.shape)
+            arrays = (*arguments, *results)
+            specs = [a.sharding.spec for a in arrays]
+            axes = division.assign([a.shape for a in arrays], specs, mesh.shape)
         placed = lambda specs: tuple(NamedSharding(mesh, spec) for spec in specs)
         in_specs, out_specs = division.specs(axes)
         return mesh, division.summed(function, axes), placed(out_specs), placed(in_specs)
@@ -219,15 +286,17 @@ def _told_by_compiler(function, division: Division):
         need_replication_factors=tuple(f for f in factors if f in division.undivided),
     )
 
-    # Neither vmap nor a further derivative has a rule for it: they see the undivided function.
     mappable = custom_vmap(lambda *operands: divided(*operands))
 
     @mappable.def_vmap
     def _(size, batched, *operands):
         del size
-        results = jax.vmap(in_order, [0 if b else None for b in batched])(*operands)
-        return results, (True,) * len(results)
+        flags = zip(division.operands, batched, strict=True)
+        names = frozenset(name for (name, _), is_batched in flags if is_batched)
+        mapped = _told_by_compiler(_Mapped(function, names), division.mapped(names))
+        return mapped(*operands), (True,) * len(division.results)
 
+    # A further derivative has no rule for it: it sees the undivided function.
     run = jax.custom_jvp(lambda *operands: mappable(*operands))
     run.defjvp(lambda primals, tangents: jax.jvp(in_order, primals, tangents))
     return run

@@ -54,8 +54,11 @@ def _computed_after(value, other):
 
 @_computed_after.def_vmap
 def _(size, batched, value, other):
-    # One number of all examples will do, so that a value which they share stays one.
+    # One number of all examples will do, so that a value which they share stays one. Where devices
+    # have different ones, as types say, they would exchange it: memory may be the cheaper.
     del size
+    if batched[1] and any(jax.typeof(other).sharding.spec[:1]):
+        return value, batched[0]
     return _computed_after(value, other), batched[0]
 
 

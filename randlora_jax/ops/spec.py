@@ -32,6 +32,7 @@ class Spec:
     precision: Any
     preferred: Any  # dtype of the result, None for the operands'
     strategy: Strategy
+    out_axes: tuple[tuple[str, ...], ...] = ()  # of the mesh, that divide the outputs, where told
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -73,7 +74,8 @@ class Spec:
         absent |= set() if self.plus_kernel else {"kernel"}
         present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
         undivided = ("a", "r", "n", "m")
-        return Division(present(operands), present(results), tokens, undivided)
+        told = tuple(zip(outs, self.out_axes, strict=False))
+        return Division(present(operands), present(results), tokens, undivided, told)
 
     @property
     def kernel_gradient_division(self) -> Division:
