@@ -130,7 +130,7 @@ class Interceptor:
             with unseen():
                 return apply(x)
 
-        return dropout
+        return updates.Dropout(config.randlora_dropout, dropout)
 
     def _key(self, module: nn.Module, number: jax.Array | None) -> jax.Array:
         # A base without dropout of its own has no reason to hand "dropout" through its `nn.scan`,

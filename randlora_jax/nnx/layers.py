@@ -138,4 +138,5 @@ def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:
             "config, rngs=nnx.Rngs(0)) gives it, and model.eval() switches the dropout off"
         )
     layer = nnx.Dropout(config.randlora_dropout, deterministic=False)
-    return functools.partial(layer, rngs=module.randlora_rngs)
+    draw = functools.partial(layer, rngs=module.randlora_rngs)
+    return updates.Dropout(config.randlora_dropout, draw)

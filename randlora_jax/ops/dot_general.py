@@ -9,7 +9,6 @@ libraries only if this does too (Albert et al., arXiv 2502.00987; PEFT `tuners/r
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +36,21 @@ from randlora_jax.ops.products import (
 from randlora_jax.ops.spec import Spec
 
 Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
-Dropout = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """An adapter's dropout: Flax's own layer, which draws, and its rate."""
+
+    rate: float
+    layer: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(x)
+
+    def keep(self, x: jax.Array) -> jax.Array:
+        """Which of x's numbers the layer keeps, as it would in its next call."""
+        return self.layer(jnp.ones_like(x)) != 0
 
 
 def delta_weight(
@@ -124,8 +137,7 @@ def _backward(spec, operands, dy):
         "x": divided_like(found["dx"], x),
         "lam": divided_like(found["d_lam"], operands["lam"]),
         "gamma": divided_like(found["d_gamma"].reshape(operands["gamma"].shape), operands["gamma"]),
-        "A": None,
-        "B": None,
+        **dict.fromkeys({"A", "B", "keep"} & set(operands)),
     }
     if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
         found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both)
@@ -158,7 +170,7 @@ class RandLoraDotGeneral:
     Attributes:
       bases: as `draw_bases` gives them.
       scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling.
-      dropouts: for each adapter, None or a function that acts on its input alone.
+      dropouts: for each adapter, None or what acts on its input alone.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
     """
@@ -190,10 +202,9 @@ class RandLoraDotGeneral:
             check_fit(self.bases, features, (lam.shape, gamma.shape))
         options = {"preferred_element_type": preferred_element_type, **options}
         call = lhs, tuple(contract), rhs.shape, precision
-        if not any(self.dropouts) and self.dot_general is None:
-            return self._product(*call, rhs, self.scales, **options)
-        own = self.dot_general or lax.dot_general
-        y = own(lhs, rhs, dimension_numbers, precision=precision, **options)
+        if self.dot_general is None:
+            return self._product(*call, rhs, **options)
+        y = self.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
         return y + self.update(*call, **options).astype(y.dtype)
 
     def update(
@@ -211,14 +222,7 @@ class RandLoraDotGeneral:
           kernel_shape: with the input axes first, in the order of `contract`.
           precision, **options: as for `lax.dot_general`.
         """
-        call = contract, kernel_shape, precision, None
-        if not any(self.dropouts):
-            return self._product(x, *call, self.scales, **options)
-        inputs = (drop(x) if drop else x for drop in self.dropouts)  # each adapter has its own
-        pairs = zip(inputs, self.scales, strict=True)
-        return functools.reduce(
-            jnp.add, (self._product(own, *call, [p], **options) for own, p in pairs)
-        )
+        return self._product(x, contract, kernel_shape, precision, None, **options)
 
     def is_better_beside(
         self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
@@ -235,17 +239,20 @@ class RandLoraDotGeneral:
         )
 
     def _product(
-        self, x, contract, kernel_shape, precision, kernel, scales,
+        self, x, contract, kernel_shape, precision, kernel,
         preferred_element_type=None, out_sharding=None,
     ) -> jax.Array:  # fmt: skip
         tokens = [i for i in range(x.ndim) if i not in contract]
+        rates = tuple(drop.rate if drop else 0.0 for drop in self.dropouts)
         spec = Spec(
             len(tokens), len(contract), kernel_shape, kernel is not None, precision,
-            preferred_element_type, self.strategy, _out_axes(out_sharding, len(tokens)),
+            preferred_element_type, self.strategy,
+            rates if any(rates) else (), _out_axes(out_sharding, len(tokens)),
         )  # fmt: skip
-        lam, gamma = (jnp.stack(each) for each in zip(*scales, strict=True))
+        lam, gamma = (jnp.stack(each) for each in zip(*self.scales, strict=True))
+        in_order = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly
         operands = {
-            "x": lax.transpose(x, (*tokens, *contract)),  # nothing to do for a trailing contraction
+            "x": in_order(x),
             "A": self.bases["randlora_A"],
             "B": self.bases["randlora_B"],
             "lam": lam,
@@ -253,6 +260,9 @@ class RandLoraDotGeneral:
         }
         if kernel is not None:
             operands["kernel"] = kernel
+        if spec.rates:
+            kept = (drop.keep(x) if drop else jnp.ones_like(x, bool) for drop in self.dropouts)
+            operands["keep"] = jnp.stack([in_order(keep) for keep in kept])
         operands = varying_alike(operands)
         # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
         y = _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README

@@ -36,9 +36,9 @@ class Part:
     Attributes:
       factors: of its dimensions.
       sums: of a result: the factors over which the parts of devices are to be summed.
-      group: arrays of different groups don't get each other's axes from the compiler, unasked.
-        Bases that every device holds would be cut up like a kernel, only to be gathered again;
-        each device can take its part when it wants.
+      group: arrays of different groups don't get each other's axes from the compiler, unasked,
+        but for those of tokens. Bases that every device holds would be cut up like a kernel, only
+        to be gathered again; each device can take its part when it wants.
     """
 
     factors: Factors
@@ -130,11 +130,8 @@ class Division:
 
     def rule(self) -> str:
         """As Shardy wants it, "a b, b c -> a c"."""
-
-        def name(factor, part):
-            shared = factor in self.undivided or factor.startswith(_MAPPED)
-            return factor + ("" if shared else part.group)
-
+        shared = {*self.first, *self.undivided}
+        name = lambda factor, part: factor + ("" if factor in shared else part.group)
         left, right = (
             ", ".join(" ".join(name(f, part) for f in part.factors) for _, part in arrays)
             for arrays in (self.operands, self.results)

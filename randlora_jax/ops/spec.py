@@ -4,6 +4,7 @@
 |---|---|---|
 | kernel | (in..., out...) | absent where the update alone is wanted |
 | x | (tokens..., in...) | |
+| keep | (a, tokens..., in...) | what dropout keeps of x for each adapter, if there is one |
 | dy | (tokens..., out...) | in the backward pass |
 | A | (r, small...) | the part of `randlora_A` that the layer reads |
 | V | (large..., m) | the same of `randlora_B`, its columns basis-major |
@@ -32,6 +33,7 @@ class Spec:
     precision: Any
     preferred: Any  # dtype of the result, None for the operands'
     strategy: Strategy
+    rates: tuple[float, ...] = ()  # of each adapter's dropout, if there is one
     out_axes: tuple[tuple[str, ...], ...] = ()  # of the mesh, that divide the outputs, where told
 
     @property
@@ -58,6 +60,7 @@ class Spec:
         operands = {
             "kernel": Part(ins + outs),
             "x": Part(tokens + ins),
+            "keep": Part(("a", *tokens, *ins), group="k"),
             "dy": Part(tokens + outs),
             "A": Part(("r", *small), group="a"),
             "V": Part((*large, "m"), group="v"),
@@ -72,6 +75,7 @@ class Spec:
         }
         absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
         absent |= set() if self.plus_kernel else {"kernel"}
+        absent |= set() if self.rates else {"keep"}
         present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
         undivided = ("a", "r", "n", "m")
         told = tuple(zip(outs, self.out_axes, strict=False))
