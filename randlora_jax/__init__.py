@@ -8,7 +8,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.merging import merge
 from randlora_jax.ops import RandLoraDotGeneral, delta_weight
 from randlora_jax.registry import register_layer
-from randlora_jax.sharding import sharding
+from randlora_jax.sharding import sharding, state_sharding
 from randlora_jax.summary import summary
 from randlora_jax.training import combine, labels, partition, split
 
@@ -34,5 +34,6 @@ __all__ = [
     "save_adapter",
     "sharding",
     "split",
+    "state_sharding",
     "summary",
 ]

@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-from jax.sharding import Mesh, NamedSharding
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from randlora_jax import trees
+from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
-from randlora_jax.config import RandLoraConfig
+from randlora_jax.ops.partitioning import mesh_axes
+from randlora_jax.sites import GAMMA
 from randlora_jax.stored import sites_of
+
+Rules = Sequence[tuple[str, Any]]
 
 
 def sharding(
     variables: trees.Tree,
-    config: RandLoraConfig,
-    mesh: Mesh | None = None,
+    config: named.Configs,
+    mesh: Mesh | AbstractMesh | None = None,
     *,
-    data_axes: Sequence[str] = (),
+    data_axes: Sequence[str] | None = None,
+    zero_axes: Sequence[str] = (),
+    rules: Rules | None = None,
 ) -> dict[str, Any]:
     """Shardings for `jax.device_put`, or for in_shardings and out_shardings of `jax.jit`.
 
-    The base's are what they are: of arrays, or as their boxes' names say. A gamma is divided like
-    the side of the kernel that it scales; lambda and the bases are small and are used by every
-    device, so each has them whole.
+    The base's are what they are: of arrays, or as their boxes' names say. What the adapter adds is
+    small and is used by every device, so each has it whole, but for the axis of a stack.
 
     Args:
       variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s with shardings will do.
-      config: the adapter's.
+      config: the adapter's, or those of several by name.
       mesh: where no array tells.
-      data_axes: mesh axes that divide the batch. Scales are not divided along them: there each
-        device needs all of a gamma, and would have to fetch it.
+      data_axes: mesh axes that divide the batch. With them given, a gamma is divided along all
+        others like the side of the kernel that it scales, which costs nothing to exchange.
+      zero_axes: mesh axes that divide gammas in any case, and so their gradients and the
+        optimizer's state, as ZeRO does it: each use of a gamma has to fetch it.
+      rules: what the names in boxes are on the mesh, as in Flax's `nn.logical_axis_rules`; by
+        default the boxes' own, or those of the context.
 
     Returns:
       A tree of `NamedSharding` like `variables`, boxes replaced by their one leaf.
 
     Raises:
-      ValueError: if there is no mesh to be found, or if it has no axis of a name in `data_axes`.
+      ValueError: if there is no mesh to be found, or if it has no axis of a name that is given.
 
     Example:
-      >>> import jax
+      >>> from randlora_jax import RandLoraConfig
       >>> mesh = jax.make_mesh((1,), ("model",))
       >>> kernel = jax.ShapeDtypeStruct((4, 8), "float32",
       ...                               sharding=NamedSharding(mesh, P("model", None)))
@@ -51,43 +64,158 @@ def sharding(
       >>> bases = {"randlora_A": jax.ShapeDtypeStruct((2, 1, 4), "float32"),
       ...          "randlora_B": jax.ShapeDtypeStruct((8, 2, 2), "float32")}
       >>> variables = {"params": {"kernel": kernel}, "randlora": scales, "randlora_bases": bases}
-      >>> sharding(variables, RandLoraConfig(r=2))["randlora"]["randlora_gamma"].spec
+      >>> config = RandLoraConfig(r=2)
+      >>> sharding(variables, config)["randlora"]["randlora_gamma"].spec
+      P(None, None)
+      >>> sharding(variables, config, data_axes=[])["randlora"]["randlora_gamma"].spec
       P(None, 'model')
     """
     check_variables(variables, "params", "randlora", "randlora_bases")
-    check_config(config)
-    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
-    found = (getattr(leaf, "sharding", None) for leaf in leaves.values())
-    meshes = [s.mesh for s in found if isinstance(s, NamedSharding)]
-    on = mesh or (meshes[0] if meshes else None)
+    check_config(config, several=True)
+    named.check(config)
+    on = mesh or mesh_of(variables)
     if on is None:
         raise ValueError("mesh is None, and no array is on one: give the mesh")
-    if isinstance(data_axes, str):
-        raise TypeError(f"data_axes must be a list of names, got {data_axes!r}")
-    for axis in data_axes:
-        if axis not in on.axis_names:
-            raise ValueError(
-                f"data_axes: {axis!r} is no axis of the mesh, which has {on.axis_names}"
-            )
-    specs = {path: _spec(leaf) for path, leaf in trees.items(variables)}
-    for site in sites_of(variables, config, guess=True):
-        kernel = ("params", *site.kernel_path)
-        names = [*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel]))]
-        layer, stack = site.stack.split(names)
-        named = [None if set(data_axes) & set(_mesh_axes(entry)) else entry for entry in layer]
-        for scale, axes in site.scale_axes(site.stack.join(named, stack)).items():
-            specs[("randlora", *site.path, scale)] = P(*axes)
+    for field, axes in (("data_axes", data_axes), ("zero_axes", zero_axes)):
+        _check_axes(field, axes or (), on)
+    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
+    specs = {path: _spec(path, leaf, on, rules) for path, leaf in trees.items(variables)}
+    for name, one in named.by_name(config).items():
+        scales = named.scales_of(variables, name)
+        within = ("randlora", name) if name else ("randlora",)
+        for site in sites_of({**variables, "randlora": scales}, one, guess=True):
+            kernel = ("params", *site.kernel_path)
+            names = (*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel])))
+            for scale, axes in site.scale_axes(names, followed(data_axes)).items():
+                path = (*within, *site.path, scale)
+                if scale == GAMMA:
+                    axes = _divided_more(axes, leaves[path].shape, zero_axes, on)
+                specs[path] = P(*axes)
     return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
 
 
-def _spec(leaf: Any) -> P:
+def followed(
+    data_axes: Sequence[str] | None, resolve: Callable[[Any], Any] = lambda name: name
+) -> Callable[[Any], bool]:
+    """Whether a gamma is divided where the side of the kernel that it scales has this name.
+
+    Args:
+      resolve: gives what the name is on the mesh.
+    """
+    return lambda name: data_axes is not None and not set(data_axes) & set(mesh_axes(resolve(name)))
+
+
+def mesh_of(variables: trees.Tree) -> Mesh | AbstractMesh | None:
+    """The mesh that variables are on, if an array among them is on one."""
+    found = (getattr(nn.unbox(leaf), "sharding", None) for _, leaf in trees.items(variables))
+    return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
+
+
+def whole_beside(params: trees.Tree, added: Any) -> Any:
+    """What is added to a base, whole on each device of the mesh that the base is on, if on one."""
+    mesh = mesh_of(params)
+    traced = any(isinstance(nn.unbox(leaf), Tracer) for _, leaf in trees.items(params))
+    if traced or not isinstance(mesh, Mesh):
+        return added
+    where = NamedSharding(mesh, P())
+
+    def put(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        there = mesh_of({"": leaf}) == mesh or isinstance(leaf, Tracer)
+        return leaf if there else jax.device_put(leaf, where)
+
+    return jax.tree.map(put, added)
+
+
+def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
+    """A scale, divided along these axes of the mesh that its kernel is on, if any is named."""
+    mesh = mesh_of({"": kernel})
+    concrete = isinstance(scale, jax.Array) and not isinstance(scale, Tracer)
+    divided = any(axes) and isinstance(mesh, Mesh) and concrete
+    return jax.device_put(scale, NamedSharding(mesh, P(*axes))) if divided else scale
+
+
+def spec_of(array: Any) -> tuple[Any, ...]:
+    """The entries of an array's PartitionSpec, if it is on a mesh."""
+    kind = getattr(array, "sharding", None)
+    return tuple(kind.spec) if isinstance(kind, NamedSharding) else ()
+
+
+def current_mesh_of(params: trees.Tree) -> contextlib.AbstractContextManager[Any]:
+    """Makes the mesh that parameters are on the current one, where there is none."""
+    mesh = mesh_of(params)
+    none = isinstance(mesh, Mesh) and jax.sharding.get_abstract_mesh().empty
+    return jax.set_mesh(mesh) if none else contextlib.nullcontext()
+
+
+def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of a train state: an array's own, and for what is on no mesh, all of this one.
+
+    An optimizer makes its moments where the scales are, but counts its steps on one device: that
+    can't be restored next to them.
+
+    Args:
+      state: any tree of arrays, as `tx.init(trainable)` or `nnx.state(optimizer)`.
+      mesh: the base's.
+
+    Returns:
+      A tree of `NamedSharding` like `state`, for `jax.device_put`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> state = optax.adam(1e-3).init({"gamma": jnp.ones((2, 4))})
+      >>> state = jax.device_put(state, state_sharding(state, mesh))
+      >>> state[0].count.sharding.spec
+      P()
+    """
+
+    def of(leaf):
+        own = getattr(leaf, "sharding", None)
+        return own if isinstance(own, NamedSharding) else NamedSharding(mesh, P())
+
+    return jax.tree.map(of, state)
+
+
+def _check_axes(field: str, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> None:
+    if isinstance(axes, str):
+        raise TypeError(f"{field} must be a list of names, as in [{axes!r}], got {axes!r}")
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{field}: {axis!r} is no axis of the mesh, which has {mesh.axis_names}"
+            )
+
+
+def _spec(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules | None) -> P:
     """The PartitionSpec of a leaf: of its box, of its array, or none."""
-    if isinstance(leaf, nn.Partitioned):
-        return leaf.get_partition_spec()
-    kind = getattr(leaf, "sharding", None)
-    return kind.spec if isinstance(kind, NamedSharding) else P()
+    if not isinstance(leaf, nn.Partitioned):
+        return P(*spec_of(leaf))
+    own = getattr(leaf, "rules", None)
+    known = rules if rules is not None else own or nn.get_logical_axis_rules()
+    spec = nn.logical_to_mesh_axes(leaf.names, known) if known else leaf.get_partition_spec()
+    for axis in (axis for entry in spec or () for axis in mesh_axes(entry)):
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{trees.dotted(path)!r} has an axis called {axis!r}, which is none of the mesh's "
+                f"{mesh.axis_names}: give rules=[({axis!r}, {mesh.axis_names[0]!r}), ...], with "
+                "None for an axis that is not divided"
+            )
+    return spec or P()
 
 
-def _mesh_axes(entry: Any) -> tuple[str, ...]:
-    """The mesh's axes in one entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+def _divided_more(
+    axes: tuple[Any, ...],
+    shape: tuple[int, ...],
+    zero_axes: Sequence[str],
+    mesh: Mesh | AbstractMesh,
+) -> tuple[Any, ...]:
+    """A gamma's axes, of which the last that can is divided along more axes of the mesh."""
+    used = {axis for entry in axes for axis in mesh_axes(entry)}
+    more = tuple(axis for axis in zero_axes if axis not in used)
+    for i in reversed(range(len(axes))):
+        entry = (*mesh_axes(axes[i]), *more)
+        if more and shape[i] % math.prod(mesh.shape[a] for a in entry) == 0:
+            return (*axes[:i], entry if len(entry) > 1 else entry[0], *axes[i + 1 :])
+    return axes

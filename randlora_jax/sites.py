@@ -215,11 +215,15 @@ class Site:
             for scale, layer in zip(SCALES, self.kernel.scale_shapes(r), strict=True)
         }
 
-    def scale_axes(self, names: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+    def scale_axes(
+        self, names: Sequence[Any], followed: Callable[[Any], bool] = lambda name: False
+    ) -> dict[str, tuple[Any, ...]]:
         """What its scales' axes are called, or divided by, where the kernel's are so.
 
         Args:
           names: of the axes of the stored kernel; or of one layer's alone, if they are no more.
+          followed: whether gamma has this name too, where the side of the kernel that it scales
+            has it. The axes of a stack have the kernel's in any case.
         """
         layer, stack = names, (None,) * len(self.stack.axes)
         if len(names) > len(self.kernel.shape):
@@ -227,6 +231,6 @@ class Site:
         layer = (*layer, *[None] * (len(self.kernel.shape) - len(layer)))
         first, *others = (layer[i] for i in self.kernel.gamma_axes)
         # Several axes are one in gamma, of which only the first, the slowest, can be divided.
-        along = None if any(others) else first
+        along = None if any(others) or first is None or not followed(first) else first
         join = self.stack.join
         return {LAMBDA: join((None, None), stack), GAMMA: join((None, along), stack)}

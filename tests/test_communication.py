@@ -91,7 +91,7 @@ def placed(layout, kind):
 
 
 @pytest.mark.parametrize("strategy", ["merged", "factored"])
-@pytest.mark.parametrize("data_axes", [(), ("data",)], ids=["all", "model"])
+@pytest.mark.parametrize("data_axes", [None, (), ("data",)], ids=["whole", "all", "model"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_automatic_axes_exchange_what_explicit_ones_do(layout, data_axes, strategy):
     """Where `sharding` puts the scales: a gamma that is divided is fetched, and nothing else."""
@@ -167,7 +167,7 @@ def test_shardings_follow_the_kernels():
     # up: the input is the smaller side, divided by data alone; down: the output, likewise.
     assert specs["randlora"]["up_0"]["randlora_gamma"] == P(None, None)
     _, trainable, frozen, _ = placed("tensor", AxisType.Auto)
-    square = rl.sharding(rl.combine(trainable, frozen), CONFIG)
+    square = rl.sharding(rl.combine(trainable, frozen), CONFIG, data_axes=[])
     assert square["randlora"]["up_0"]["randlora_gamma"].spec == P(None, None)
     assert square["randlora_bases"]["randlora_B"].spec == P()
 
@@ -179,7 +179,8 @@ def test_shardings_of_gamma_take_the_axis_of_the_side_it_scales():
     variables = jax.jit(model.init)(jax.random.key(0), x)
     spec = NamedSharding(mesh, P("data", "model"))
     variables["params"]["kernel"] = jax.device_put(variables["params"]["kernel"], spec)
-    shardings = rl.sharding(variables, CONFIG)
+    assert rl.sharding(variables, CONFIG)["randlora"]["randlora_gamma"].spec == P(None, None)
+    shardings = rl.sharding(variables, CONFIG, data_axes=[])
     assert shardings["randlora"]["randlora_gamma"].spec == P(None, "model")
     assert shardings["randlora"]["randlora_lambda"].spec == P(None, None)
     moved = jax.device_put(variables, shardings)

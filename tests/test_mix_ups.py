@@ -54,7 +54,7 @@ def test_mix_ups_of_adapted_variables(name, mix_up, message, adapted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["sharding", "summary", "save_adapter", "peft.save_adapter"])
+@pytest.mark.parametrize("name", ["summary", "save_adapter", "peft.save_adapter"])
 def test_several_adapters_where_one_is_wanted(name, adapted, tmp_path):
     several = {**adapted, "randlora": {"a": adapted["randlora"]}}
     with pytest.raises(TypeError, match=r"adapters\.select"):

@@ -70,7 +70,7 @@ def make(kind):
 @pytest.mark.parametrize("kind", ["block", "stack"])
 def test_scales_take_their_sharding_from_the_kernel(kind, axes):
     with jax.set_mesh(mesh(axes)):
-        model = inject(make(kind), CONFIG)
+        model = inject(make(kind), CONFIG, data_axes=())
         found = specs(model)
     at, stack = ("", ()) if kind == "block" else ("blocks/", (None,))
     # Each gamma is as long as the small side, which is the input of `up` and the output of `down`.
@@ -89,7 +89,7 @@ def test_several_axes_of_a_kernel_are_one_of_gamma():
         with jax.set_mesh(mesh(AxisType.Auto)):
             layer = nnx.LinearGeneral(inputs, outputs, axis=tuple(range(-len(inputs), 0)),
                                       kernel_init=init, rngs=nnx.Rngs(0))  # fmt: skip
-            return specs(inject(layer, CONFIG))["randlora_gamma"]
+            return specs(inject(layer, CONFIG, data_axes=()))["randlora_gamma"]
 
     assert gamma((None, "model", None), (16,), (2, 4)) == P(None, "model")
     assert gamma((None, None, "model"), (16,), (2, 4)) == P(None, None)
@@ -117,13 +117,13 @@ def test_numbers_are_those_of_one_device(kind, axes):
         }
 
     with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), axis_types=(axes,) * 2)):
-        alone = inject(make(kind), CONFIG)
+        alone = inject(make(kind), CONFIG, data_axes=())
         values = jax.tree.map(np.asarray, variables(alone))
         values["randlora"] = randomised(values["randlora"])
         update(alone, jax.tree.map(place, values, variables(alone)))
         expected = jax.tree.map(np.asarray, both(alone, jax.device_put(value, P("data", None))))
     with jax.set_mesh(mesh(axes)):
-        model = inject(make(kind), CONFIG)
+        model = inject(make(kind), CONFIG, data_axes=())
         update(model, jax.tree.map(place, values, variables(model)))
         x = jax.device_put(value, P("data", None))
         found = both(model, x)
@@ -142,15 +142,17 @@ def test_numbers_are_those_of_one_device(kind, axes):
 
 def test_injection_under_jit_on_a_mesh_makes_only_parts():
     with jax.set_mesh(mesh(AxisType.Auto)):
-        model = nnx.jit(lambda: inject(Block(rngs=nnx.Rngs(0)), CONFIG))()
+        model = nnx.jit(lambda: inject(Block(rngs=nnx.Rngs(0)), CONFIG, data_axes=()))()
         assert model.up.randlora_gamma[...].sharding.spec == P(None, "data")
         x = jax.device_put(jnp.ones((8, D)), P("data", None))
-        np.testing.assert_array_equal(model(x), inject(Block(rngs=nnx.Rngs(0)), CONFIG)(x))
+        np.testing.assert_array_equal(
+            model(x), inject(Block(rngs=nnx.Rngs(0)), CONFIG, data_axes=())(x)
+        )
 
 
 def test_an_abstract_model_has_the_shardings():
     graphdef, state = nnx.get_abstract_model(
-        lambda: inject(Block(rngs=nnx.Rngs(0)), CONFIG), mesh(AxisType.Auto)
+        lambda: inject(Block(rngs=nnx.Rngs(0)), CONFIG, data_axes=()), mesh(AxisType.Auto)
     )
     assert state["up"]["randlora_gamma"].get_value().sharding.spec == P(None, "data")
     assert state["randlora_A"].get_value().sharding.spec == P(None, None, None)

@@ -28,6 +28,7 @@ from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import Interceptor
 from randlora_jax.linen.scales import boxed
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import Site, is_scale
 
 Method = Callable[..., Any] | str | None
@@ -185,7 +186,8 @@ class RandLora(nn.Module):
     ) -> dict[str, Any]:
         """Adds scales and bases to a base's variables, of which no copy is made.
 
-        The base is traced on the arguments, which can be `jax.ShapeDtypeStruct`s, and not run.
+        The base is traced on the arguments, which can be `jax.ShapeDtypeStruct`s, and not run. What
+        is added is on the mesh that the base is on, whole on each device: `rl.sharding` divides it.
 
         Args:
           variables: the base's, `{"params": ...}`.
@@ -215,6 +217,7 @@ class RandLora(nn.Module):
         _, seen = next(iter(found.values()))
         warn_of_left_out(seen, sites, configs, stacklevel=3)
         scales, bases = initial_values(configs, sites, self.bases_dtype)
+        scales, bases = whole_beside(variables["params"], (scales, bases))
         by_name = {name: boxed(scales[name], sites[name], variables) for name in configs}
         return {**variables, "randlora": named.together(by_name), "randlora_bases": bases}
 

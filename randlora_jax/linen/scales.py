@@ -15,6 +15,7 @@ import numpy as np
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.sharding import along, spec_of
 from randlora_jax.sites import LAMBDA, NUMBER, SCALES, Site, Stack, parse_label, scale_name
 from randlora_jax.stacks import part_of_stack
 from randlora_jax.stored import scale_pairs
@@ -64,12 +65,16 @@ def _numbers(path: trees.Path, shape: tuple[int, ...]) -> jax.Array:
 def boxed(
     scales: Mapping[trees.Path, Any], sites: Iterable[Site], variables: trees.Tree
 ) -> dict[str, Any]:
-    """A tree of scales, boxed like their kernels: gamma has the axis name of the side it scales."""
+    """A tree of scales, boxed and placed like their kernels where these are stacked."""
     leaves = dict(scales)
     for site in sites:
         box = trees.get(variables["params"], site.kernel_path)
+        kernel = nn.unbox(box)
+        for scale, axes in site.scale_axes(spec_of(kernel)).items():
+            path = (*site.path, scale)
+            leaves[path] = along(kernel, axes, leaves[path])
         if isinstance(box, nn.Partitioned):
             for scale, names in site.scale_axes(box.names).items():
                 path = (*site.path, scale)
-                leaves[path] = box.replace(value=scales[path], names=names)
+                leaves[path] = box.replace(value=leaves[path], names=names)
     return trees.build(leaves)

@@ -28,6 +28,7 @@ from randlora_jax.nnx.lending import (
     lend_again,
 )
 from randlora_jax.nnx.state import active_of, base_variables, config_of, set_config, variables
+from randlora_jax.sharding import current_mesh_of, whole_beside
 from randlora_jax.sites import SCALES, Site, scale_name
 
 
@@ -60,6 +61,7 @@ def insert(
     values: trees.Tree | None = None,
     parameters: Mapping[str, tuple[int, ...]] | None = None,
     rngs: nnx.Rngs | None = None,
+    data_axes: Sequence[str] | None = None,
 ) -> None:
     """Adds an adapter to a model that was injected with others by name; it is not active yet.
 
@@ -72,7 +74,7 @@ def insert(
       name: of the adapter.
       config: the adapter's.
       values: its scales and bases to begin with, as `randlora_jax.load_adapter` gives them.
-      parameters, rngs: as for `inject`.
+      parameters, rngs, data_axes: as for `inject`.
 
     Raises:
       ValueError: if the name is taken, if the adapters can't share their bases, and as `inject`;
@@ -111,9 +113,10 @@ def insert(
     tell_left_out(modules, {name: sites}, {name: config})
     strategy = next(iter(adapted_modules(model).values())).randlora_layer.strategy
     active = tuple(active_of(model).items())
-    with all_or_nothing(modules.values()):
-        new = Adapters({name: config}, {name: sites}, {name: found})
-        attach(model, modules, new, active, strategy, rngs)
+    params = base["params"]
+    with current_mesh_of(params), all_or_nothing(modules.values()):
+        new = Adapters({name: config}, {name: sites}, {name: whole_beside(params, found)})
+        attach(model, modules, new, active, strategy, rngs, data_axes)
         set_config(model, configs)
     for key, value in larger.items():
         own = getattr(model, key)

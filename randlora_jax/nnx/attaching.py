@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import get_pspec
 
 from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
@@ -17,6 +18,7 @@ from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
 from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.sharding import along, followed, spec_of
 from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
 from randlora_jax.stored import sites_of
 
@@ -39,13 +41,14 @@ def attach(
     active: tuple[tuple[str, RandLoraConfig], ...],
     strategy: Strategy,
     rngs: nnx.Rngs | None,
+    data_axes: Sequence[str] | None,
 ) -> None:
     """Gives new adapters to the modules of a model, which may have others already."""
     dropout = any(config.randlora_dropout for config in new.configs.values())
     stream: Any = _stream(rngs) if rngs is not None and dropout else None
     for name, config in new.configs.items():
         for site in new.sites[name]:
-            _attach_scales(modules[site.module], site, name, new.scales[name])
+            _attach_scales(modules[site.module], site, name, new.scales[name], data_axes)
             if config.randlora_dropout:
                 _attach_dropout(modules[site.module], site.stack, stream)
     for path, kernels in _kernels_by_module(new.sites).items():
@@ -85,17 +88,27 @@ def given_scales(
     return dict(trees.items(given))
 
 
-def _attach_scales(module: Any, site: Site, adapter: str, scales: Scales) -> None:
+def _attach_scales(
+    module: Any, site: Site, adapter: str, scales: Scales, data_axes: Sequence[str] | None
+) -> None:
     """Gives a module its scales, stacked as its kernel is."""
     for label in site.kernel.label:
         if not hasattr(module, label):
             setattr(module, label, nnx.Dict())
-    names = axis_names(getattr(module, site.kernel.name))
-    axes = site.scale_axes(names) if names is not None else {}
+    kernel = getattr(module, site.kernel.name)
+    names, array = axis_names(kernel), kernel.get_value()
+    rules = kernel.get_metadata().get("sharding_rules")
+    resolve = lambda name: next(iter(get_pspec((name,), rules)))
+    divided_by = spec_of(array) if names is None else names
+    axes = site.scale_axes(divided_by, followed(data_axes, resolve))
     beside = holder(module, site.kernel)
     for scale in SCALES:
         value = spread(site.stack, scales[(*site.path, scale)])
-        metadata: dict[str, Any] = {"out_sharding": axes[scale]} if axes else {}
+        metadata: dict[str, Any] = {}
+        if names is None:
+            value = along(array, axes[scale], value)
+        else:  # Flax puts it where its names say
+            metadata = {"out_sharding": axes[scale]} | ({"sharding_rules": rules} if rules else {})
         setattr(beside, scale_name(scale, adapter), RandLoraParam(value, **metadata))
     if site.stack.layers is not None:
         ones = jnp.ones((len(site.stack.layers), 1, 1))
@@ -125,7 +138,8 @@ def detach_dropout(module: Any) -> None:
 
 def axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...] | None:
     """The names of a variable's axes, as far as it has any."""
-    return variable.get_metadata().get("out_sharding")
+    names = variable.get_metadata().get("out_sharding")
+    return None if names is None else tuple(getattr(names, "spec", names))
 
 
 def _kernels_by_module(

@@ -8,7 +8,7 @@ at the root of the model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import jax
@@ -37,6 +37,7 @@ from randlora_jax.nnx.state import (
 )
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.registry import rule_for
+from randlora_jax.sharding import current_mesh_of, whole_beside
 from randlora_jax.sites import Site, parse_label
 from randlora_jax.stored import scale_pairs
 
@@ -51,6 +52,7 @@ class InjectOptions(TypedDict, total=False):
     strategy: Strategy
     rngs: nnx.Rngs | None
     bases_dtype: jax.typing.DTypeLike
+    data_axes: Sequence[str] | None
 
 
 def inject(
@@ -62,6 +64,7 @@ def inject(
     strategy: Strategy = "auto",
     rngs: nnx.Rngs | None = None,
     bases_dtype: jax.typing.DTypeLike = jnp.float32,
+    data_axes: Sequence[str] | None = None,
     values: trees.Tree | None = None,
 ) -> Model:
     """Adapts a model's linear layers in place: they compute with `W + dW` from now on.
@@ -81,6 +84,9 @@ def inject(
       rngs: where `randlora_dropout` draws from, its stream "dropout". `model.eval()` and
         `model.train()` switch the dropout as they do `nnx.Dropout`.
       bases_dtype: of the bases that are drawn; bfloat16 halves them. Ternary bases are int8.
+      data_axes: mesh axes that divide the batch. What is added is whole on each device of the mesh
+        that the model is on; with this given, a gamma is divided along all other axes like the
+        side of the kernel that it scales, as by `randlora_jax.sharding`.
       values: scales and bases to begin with, as `variables` or `randlora_jax.load_adapter` give
         them; parameters too, where they trained.
 
@@ -129,11 +135,13 @@ def inject(
         together = {**base, "randlora_bases": bases}
         scales = {n: given_scales(given[n], configs[n], sites[n], together) for n in configs}
     tell_left_out(modules, sites, configs)
+    scales, bases = whole_beside(base["params"], (scales, bases))
     # Every device needs all of the bases, as they are.
     sharded = any(axis_names(kernel) is not None for kernel in kernels)
-    with all_or_nothing(modules.values()):
+    with current_mesh_of(base["params"]), all_or_nothing(modules.values()):
         new = Adapters(configs, sites, scales)
-        attach(model, modules, new, tuple(named.active(config, active).items()), strategy, rngs)
+        acting = tuple(named.active(config, active).items())
+        attach(model, modules, new, acting, strategy, rngs, data_axes)
         for key, value in bases.items():
             metadata: dict[str, Any] = {"out_sharding": (None,) * value.ndim} if sharded else {}
             setattr(model, key, RandLoraBasis(value, **metadata))

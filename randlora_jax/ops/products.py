@@ -218,7 +218,6 @@ class Backward(Pass):
         d_lam, d_gamma = _scale_gradients(A.reshape(A.shape[0], -1), lam, flat, dU)
         return {"dx": dx, "d_lam": d_lam, "d_gamma": d_gamma.reshape(gamma.shape)}
 
-
     def _dropped(self, x, dy, A, V, lam, gamma, kernel, keep) -> Arrays:
         rates, dx, gradients = self.spec.rates, [], []
         for i, (each, *scales) in enumerate(self.of_each(lam, gamma)):
