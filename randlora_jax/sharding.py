@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
-from randlora_jax.ops.partitioning import mesh_axes
+from randlora_jax.ops.division import mesh_axes
 from randlora_jax.sites import GAMMA
-from randlora_jax.stored import sites_of
+from randlora_jax.stored import sites_by_name
 
 Rules = Sequence[tuple[str, Any]]
 
@@ -80,17 +80,13 @@ def sharding(
         _check_axes(field, axes or (), on)
     leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
     specs = {path: _spec(path, leaf, on, rules) for path, leaf in trees.items(variables)}
-    for name, one in named.by_name(config).items():
-        scales = named.scales_of(variables, name)
-        within = ("randlora", name) if name else ("randlora",)
-        for site in sites_of({**variables, "randlora": scales}, one, guess=True):
-            kernel = ("params", *site.kernel_path)
-            names = (*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel])))
-            for scale, axes in site.scale_axes(names, followed(data_axes)).items():
-                path = (*within, *site.path, scale)
-                if scale == GAMMA:
-                    axes = _divided_more(axes, leaves[path].shape, zero_axes, on)
-                specs[path] = P(*axes)
+    for name, site in sites_by_name(variables, config):
+        kernel = ("params", *site.kernel_path)
+        names = (*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel])))
+        for scale, axes in site.scale_axes(names, followed(data_axes)).items():
+            path = ("randlora", *([name] if name else []), *site.path, scale)
+            more = zero_axes if scale == GAMMA else ()
+            specs[path] = P(*_divided_more(axes, leaves[path].shape, more, on))
     return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
 
 

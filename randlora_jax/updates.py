@@ -24,6 +24,7 @@ from randlora_jax import equations
 from randlora_jax.bases import Bases, check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.ops.division import Told
 from randlora_jax.ops.dot_general import (
     Dropout,
     RandLoraDotGeneral,
@@ -106,14 +107,28 @@ def prepare(
     return Update(target, kernel, config, prepare_scales(bases, scales, config.scaling), dropout)
 
 
-def run(call: Call, updates: Sequence[Update], bases: Bases, strategy: Strategy) -> Any:
-    """The call's result, computed with the updates; there is at least one."""
+def run(
+    call: Call,
+    updates: Sequence[Update],
+    bases: Bases,
+    strategy: Strategy,
+    told: Told | None = None,
+) -> Any:
+    """The call's result, computed with the updates.
+
+    Args:
+      updates: at least one.
+      told: how the arrays of the first one's kernel are divided, its axes as its layer has them.
+    """
     rule, kernel = rule_for(call.cls), updates[0].kernel
     alone = rule is not None and {u.kernel for u in updates} == {kernel}
     if rule is not None and alone and kernel.name == rule.kernel and call.method == "__call__":
         _check_equation(call, rule, kernel)
+        if told is not None:
+            axes = dict(enumerate(told.kernel))
+            told = dataclasses.replace(told, kernel=tuple(axes.get(i, ()) for i in kernel.order))
         operation = RandLoraDotGeneral(
-            bases, [u.scales for u in updates], [u.dropout for u in updates], strategy
+            bases, [u.scales for u in updates], [u.dropout for u in updates], strategy, told
         )
         computed = _through_product(call, rule, operation, kernel)
         if computed is None:

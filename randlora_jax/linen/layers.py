@@ -18,6 +18,7 @@ from flax.linen.module import InterceptorContext
 from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.layout import Layout
 from randlora_jax.linen.calls import OurCall, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.scales import beside_kernels
@@ -45,6 +46,7 @@ class Interceptor:
     Attributes:
       adapters: the active ones by name.
       deterministic: whether dropout is off.
+      layout: how arrays are divided, if it is told.
       key: of the call's dropout, for layers that the model's own transforms give none.
       depth: length of the base's own path, where it is within another module.
       calls: what runs as the model's own.
@@ -58,6 +60,7 @@ class Interceptor:
     bases: Bases
     deterministic: bool
     strategy: Strategy
+    layout: Layout | None = None
     key: Any = None
     depth: int = 0
     calls: OurCall = dataclasses.field(default_factory=OurCall)
@@ -88,7 +91,9 @@ class Interceptor:
             *(module, type(module), method, args, kwargs, function.func, next_fun),
             *(self, running, taken),
         )
-        return updates.run(call, found, self.bases, self.strategy)
+        path = (*module.path[self.depth :], *found[0].kernel.label)
+        told = self.layout.told(path) if self.layout else None
+        return updates.run(call, found, self.bases, self.strategy, told)
 
     def _updates(
         self, module: nn.Module, call: Arguments | None, own: bool

@@ -22,6 +22,7 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
+from randlora_jax.layout import Layout, layout_of
 from randlora_jax.left_out import warn_of_left_out
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
@@ -58,6 +59,7 @@ class RandLora(nn.Module):
         "merged" and "factored" force one.
       bases_dtype: of the bases that `adapt` and `init` draw; bfloat16 halves them, in memory and
         in checkpoints. Ternary bases are int8 whatever it says.
+      layout: what `with_layout` notes.
 
     Raises:
       ValueError: for targets that match nothing or nothing linear, for missing collections and
@@ -82,6 +84,7 @@ class RandLora(nn.Module):
     deterministic: bool | None = None
     strategy: Strategy = "auto"
     bases_dtype: DTypeLike = jnp.float32
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         base = self.base
@@ -247,6 +250,35 @@ class RandLora(nn.Module):
             known |= {site.path: site for site in seen}
         return merging.merge_adapters(variables, self.config, active, known, safe=safe)
 
+    @nn.nowrap
+    def with_layout(self, variables: trees.Tree, batch: Any) -> RandLora:
+        """The same model, told how its arrays are divided on a mesh with automatic axes.
+
+        It computes the same, but needs no callback of the compiler: so it can be exported
+        (`jax.export`), serialised, lowered for a mesh that is not there, and found in JAX's
+        persistent compilation cache. Arrays that are divided otherwise are moved, and right.
+
+        Args:
+          variables: as `adapt` returned them, on the mesh; `jax.ShapeDtypeStruct`s with shardings
+            will do.
+          batch: one that the model is called on, its first axes those of the tokens: an array, a
+            `jax.ShapeDtypeStruct`, or a `NamedSharding`.
+
+        Raises:
+          ValueError: if the batch is on no mesh, or a kernel on another.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from jax.sharding import NamedSharding, PartitionSpec
+          >>> mesh = jax.make_mesh((1,), ("data",))
+          >>> model = RandLora(nn.Dense(3), RandLoraConfig(r=2, target_modules="all-linear"))
+          >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+          >>> told = model.with_layout(variables, NamedSharding(mesh, PartitionSpec("data")))
+          >>> told.layout.tokens
+          (('data',),)
+        """
+        return self.clone(layout=layout_of(variables, self.config, batch))
+
     @property
     def _starts_at_zero(self) -> bool:
         return all(config.init_weights for config in named.by_name(self.config).values())
@@ -270,7 +302,8 @@ class RandLora(nn.Module):
         bases = dict(variables.get("randlora_bases", {}))
         off = rate == 0 or bool(given)
         key = rngs.get("dropout", rngs.get("params")) if isinstance(rngs, Mapping) else rngs
-        return Interceptor(active, self.parameters, bases, off, self.strategy, key), kwargs
+        given = active, self.parameters, bases, off, self.strategy, self.layout, key
+        return Interceptor(*given), kwargs
 
 
 def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:

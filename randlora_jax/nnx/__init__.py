@@ -2,6 +2,7 @@
 
 from randlora_jax.nnx.adapters import delete, insert, set_active, set_strength
 from randlora_jax.nnx.layers import RandLoraParam
+from randlora_jax.nnx.layout import set_layout
 from randlora_jax.nnx.lending import RandLoraBasis, lend_bases
 from randlora_jax.nnx.model import inject, load_adapter, merge, remove
 from randlora_jax.nnx.state import ADDED, trainable, update, variables
@@ -18,6 +19,7 @@ __all__ = [
     "merge",
     "remove",
     "set_active",
+    "set_layout",
     "set_strength",
     "trainable",
     "update",

@@ -14,6 +14,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.lending import STRENGTH, lent_to
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.ops.division import Told
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
 
 
@@ -32,11 +33,13 @@ class AdaptedLayer:
     Attributes:
       kernels: as one layer has them, where the module is a stack.
       adapters: (name, config) of the active ones.
+      told: how the arrays of kernels are divided, where `set_layout` has told it.
     """
 
     kernels: tuple[Kernel, ...]
     adapters: tuple[tuple[str, RandLoraConfig], ...]
     strategy: Strategy
+    told: tuple[tuple[Kernel, Told], ...] = ()
 
     def __repr__(self) -> str:  # the configs, at the root, would be a page for every layer
         kernels = ", ".join(kernel.name for kernel in self.kernels)
@@ -85,7 +88,8 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
     called = NnxCall(module, original_class(module), name, args, kwargs, method)
-    return updates.run(called, found, bases, adapted.strategy)
+    told = dict(adapted.told).get(found[0].kernel)
+    return updates.run(called, found, bases, adapted.strategy, told)
 
 
 @dataclasses.dataclass(frozen=True)

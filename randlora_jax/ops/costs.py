@@ -20,7 +20,13 @@ def cheapest(
     strategy: Strategy = "auto",
     plus_kernel: bool = True,
 ) -> tuple[bool, bool]:
-    """Whether to merge in the forward and in the backward pass: the pair of fewest operations."""
+    """Whether to merge in the forward and in the backward pass: the pair of fewest operations.
+
+    Of tokens whose number is a symbol, as `jax.export` has it, neither: that is at most three times
+    the frozen layer's operations for any number, where merging is unbounded for few.
+    """
+    if strategy == "auto" and not isinstance(tokens, int):
+        return False, False
     if strategy != "auto":
         return strategy == "merged", strategy == "merged"
     sizes = tokens, in_features, out_features, m

@@ -19,13 +19,8 @@ from jax import lax
 
 from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
-from randlora_jax.ops.partitioning import (
-    Arrays,
-    divided_like,
-    mesh_axes,
-    per_device,
-    varying_alike,
-)
+from randlora_jax.ops.division import Told, mesh_axes
+from randlora_jax.ops.partitioning import Arrays, divided_like, per_device, varying_alike
 from randlora_jax.ops.products import (
     Backward,
     Forward,
@@ -125,14 +120,15 @@ def prepare_scales(bases: Bases, scales: Scales, scaling: float) -> Scales:
 
 
 def _forward(spec, operands):
-    result = per_device(Forward(spec), spec.division(backward=False), _sliced(spec, operands))
+    sliced, division = _sliced(spec, operands), spec.division(backward=False)
+    result = per_device(Forward(spec), division, sliced, spec.mesh)
     return result["y"], operands
 
 
 def _backward(spec, operands, dy):
     x, kernel = operands["x"], operands.get("kernel")
     both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
-    found = per_device(Backward(spec), spec.division(backward=True), both)
+    found = per_device(Backward(spec), spec.division(backward=True), both, spec.mesh)
     gradients = {
         "x": divided_like(found["dx"], x),
         "lam": divided_like(found["d_lam"], operands["lam"]),
@@ -140,7 +136,7 @@ def _backward(spec, operands, dy):
         **dict.fromkeys({"A", "B", "keep"} & set(operands)),
     }
     if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
-        found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both)
+        found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both, spec.mesh)
         gradients["kernel"] = divided_like(found["d_kernel"].astype(kernel.dtype), kernel)
     return (gradients,)
 
@@ -172,6 +168,7 @@ class RandLoraDotGeneral:
       scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling.
       dropouts: for each adapter, None or what acts on its input alone.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
+      told: how the layer's arrays are divided among devices, where that is known before compiling.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
     """
 
@@ -179,6 +176,7 @@ class RandLoraDotGeneral:
     scales: Sequence[Scales]
     dropouts: Sequence[Dropout | None] = ()
     strategy: Strategy = "auto"
+    told: Told | None = None
     dot_general: Callable[..., jax.Array] | None = None
 
     def __call__(
@@ -234,6 +232,8 @@ class RandLoraDotGeneral:
         tokens = math.prod(x.shape) // features[0]
         m = math.prod(self.scales[0][0].shape)
         cost = lambda merge: sum(product_flops(tokens, *features, m, merge, merge))
+        if self.strategy == "auto" and not isinstance(tokens, int):
+            return True
         return self.strategy == "factored" or (
             self.strategy == "auto" and cost(merge=False) < cost(merge=True)
         )
@@ -247,7 +247,7 @@ class RandLoraDotGeneral:
         spec = Spec(
             len(tokens), len(contract), kernel_shape, kernel is not None, precision,
             preferred_element_type, self.strategy,
-            rates if any(rates) else (), _out_axes(out_sharding, len(tokens)),
+            rates if any(rates) else (), _out_axes(out_sharding, len(tokens)), self.told,
         )  # fmt: skip
         lam, gamma = (jnp.stack(each) for each in zip(*self.scales, strict=True))
         in_order = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly

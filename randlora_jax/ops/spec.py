@@ -18,8 +18,10 @@ import dataclasses
 import math
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.ops.partitioning import Division, Factors, Part
+from randlora_jax.ops.division import Axes, Division, Factors, Part, Told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Spec:
     preferred: Any  # dtype of the result, None for the operands'
     strategy: Strategy
     rates: tuple[float, ...] = ()  # of each adapter's dropout, if there is one
-    out_axes: tuple[tuple[str, ...], ...] = ()  # of the mesh, that divide the outputs, where told
+    out_axes: tuple[tuple[str, ...], ...] = ()  # that divide the outputs, of a mesh with types
+    told: Told | None = None
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -62,8 +65,8 @@ class Spec:
             "x": Part(tokens + ins),
             "keep": Part(("a", *tokens, *ins), group="k"),
             "dy": Part(tokens + outs),
-            "A": Part(("r", *small), group="a"),
-            "V": Part((*large, "m"), group="v"),
+            "A": Part(("r", *small), group="a", whole=True),
+            "V": Part((*large, "m"), group="v", whole=True),
             "lam": Part(("a", "r", "n")),
             "gamma": Part(("a", "n", *small), group="s"),
         }
@@ -78,14 +81,28 @@ class Spec:
         absent |= set() if self.rates else {"keep"}
         present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
         undivided = ("a", "r", "n", "m")
-        told = tuple(zip(outs, self.out_axes, strict=False))
-        return Division(present(operands), present(results), tokens, undivided, told)
+        return Division(present(operands), present(results), tokens, undivided, self._told)
 
     @property
     def kernel_gradient_division(self) -> Division:
         tokens, ins, outs = self._factors
         operands = ("x", Part(tokens + ins)), ("dy", Part(tokens + outs))
-        return Division(operands, (("d_kernel", Part(ins + outs, sums=tokens)),), tokens)
+        return Division(
+            operands, (("d_kernel", Part(ins + outs, sums=tokens)),), tokens, (), self._told
+        )
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """On which the division is told."""
+        return self.told.mesh if self.told else None
+
+    @property
+    def _told(self) -> tuple[tuple[str, Axes], ...]:
+        tokens, ins, outs = self._factors
+        if self.told is None:
+            return tuple(zip(outs, self.out_axes, strict=False))
+        of_tokens = zip(tokens, self.told.tokens, strict=False)
+        return *of_tokens, *zip(ins + outs, self.told.kernel, strict=False)
 
     @property
     def _factors(self) -> tuple[Factors, Factors, Factors]:

@@ -1,0 +1,198 @@
+"""Which axes of a mesh divide which dimensions of the arrays of one product.
+
+Dimensions that are equal by meaning, as x's last and the kernel's first, have one name, a factor;
+an axis of the mesh divides one factor, and with it every array that has the factor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
+Axes = tuple[str, ...]  # axes of a mesh
+
+
+_MAPPED = "v"  # how the names of factors begin that `jax.vmap` adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """How one array is divided.
+
+    Attributes:
+      factors: of its dimensions.
+      sums: of a result: the factors over which the parts of devices are to be summed.
+      group: arrays of different groups don't get each other's axes from the compiler, unasked,
+        but for those of tokens. Bases that every device holds would be cut up like a kernel, only
+        to be gathered again; each device can take its part when it wants.
+      whole: whether every device has all of it.
+    """
+
+    factors: Factors
+    sums: Factors = ()
+    group: str = ""
+    whole: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """How the arrays of one layer are divided, where a user tells it before compiling.
+
+    Attributes:
+      tokens: the axes of the mesh that divide each axis of tokens.
+      kernel: and each of the kernel's axes, in the order in which it is given.
+    """
+
+    mesh: Mesh | AbstractMesh
+    tokens: tuple[Axes, ...]
+    kernel: tuple[Axes, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How the dimensions of operands and results belong together.
+
+    Attributes:
+      operands, results: (name, part) of each array. Where operands disagree on a factor's axes,
+        the first operand is followed.
+      first: factors that have an axis rather than others that have it as often.
+      told: the axes of factors as somebody says them, where two say the same axis the first.
+      undivided: factors that are never divided.
+    """
+
+    operands: tuple[tuple[str, Part], ...]
+    results: tuple[tuple[str, Part], ...]
+    first: Factors = ()
+    undivided: Factors = ()
+    told: tuple[tuple[str, Axes], ...] = ()
+
+    def assign(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        specs: Sequence[P],
+        sizes: Mapping[str, int],
+        *,
+        by_type: bool = False,
+    ) -> dict[str, Axes]:
+        """The axes that divide each factor; an axis divides one factor only.
+
+        That is the one by which it divides the most elements already: all other arrays that have
+        the axis are gathered. With `by_type`, what is told comes before that, and then the first
+        factors: where the specs are types, those of results must not depend on sizes.
+
+        Args:
+          shapes, specs: of the operands, and of the results, where their specs are known.
+          sizes: of the mesh's axes.
+        """
+        told = {axis: factor for factor, axes in self.told for axis in axes}
+        held: dict[str, dict[str, int]] = {}  # by axis and factor: elements
+        length: dict[str, int] = {}
+        entries: dict[str, list[Axes]] = {}
+        parts = [part for _, part in (*self.operands, *self.results)]
+        for part, shape, spec in zip(parts, shapes, specs, strict=False):
+            for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
+                length[factor] = size
+                entries.setdefault(factor, []).append(mesh_axes(entry))
+                for axis in () if factor in self.undivided else mesh_axes(entry):
+                    of_axis = held.setdefault(axis, {})
+                    of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
+        chosen: dict[str, set[str]] = {}
+        for axis, of_axis in held.items():
+            decided = {told.get(axis): -2, **dict.fromkeys(self.first, -1)} if by_type else {}
+            by_size = sorted(of_axis, key=lambda f, of=of_axis: (-of[f], f not in self.first))
+            for factor in sorted(by_size, key=lambda f, of=decided: of.get(f, 0)):
+                wanted = {axis, *chosen.get(factor, ())}
+                if length[factor] % math.prod(sizes[a] for a in wanted) == 0:
+                    chosen[factor] = wanted
+                    break
+        # In the order in which most of them divide an array.
+        for entry in entries.values():
+            entry.sort(key=len, reverse=True)
+        in_order = lambda factor: dict.fromkeys(a for entry in entries[factor] for a in entry)
+        return {f: tuple(a for a in in_order(f) if a in axes) for f, axes in chosen.items()}
+
+    def as_told(
+        self, shapes: Sequence[tuple[int, ...]], sizes: Mapping[str, int]
+    ) -> dict[str, Axes]:
+        """The axes that divide each factor, by what is told alone."""
+        length = {
+            factor: size
+            for (_, part), shape in zip(self.operands, shapes, strict=True)
+            for factor, size in zip(part.factors, shape, strict=True)
+        }
+        axes: dict[str, Axes] = {}
+        used: set[str] = set()
+        for factor, wanted in self.told:
+            for axis in wanted:
+                more = (*axes.get(factor, ()), axis)
+                free = axis in sizes and axis not in used
+                if free and length[factor] % math.prod(sizes[a] for a in more) == 0:
+                    axes[factor] = more
+                    used.add(axis)
+        return axes
+
+    def specs(self, axes: Mapping[str, Axes]) -> tuple[tuple[P, ...], tuple[P, ...]]:
+        """The PartitionSpecs of operands and of results, if axes divide the factors so."""
+        spec = lambda part: P(*(axes.get(factor) for factor in part.factors))
+        operands, results = (
+            tuple(spec(part) for _, part in arrays) for arrays in (self.operands, self.results)
+        )
+        return operands, results
+
+    def mapped(self, names: frozenset[str]) -> Division:
+        """That of `jax.vmap` over the first axis of these operands, and of all results."""
+        factor = f"{_MAPPED}{sum(f.startswith(_MAPPED) for f in self.first)}"
+        over = lambda part: dataclasses.replace(part, factors=(factor, *part.factors))
+        return dataclasses.replace(
+            self,
+            operands=tuple((n, over(part) if n in names else part) for n, part in self.operands),
+            results=tuple((n, over(part)) for n, part in self.results),
+            first=(factor, *self.first),
+        )
+
+    def rule(self) -> str:
+        """As Shardy wants it, "a b, b c -> a c"."""
+        shared = {*self.first, *self.undivided}
+        name = lambda factor, part: factor + ("" if factor in shared else part.group)
+        left, right = (
+            ", ".join(" ".join(name(f, part) for f in part.factors) for _, part in arrays)
+            for arrays in (self.operands, self.results)
+        )
+        return f"{left} -> {right}"
+
+    def summed(self, function: Callable, axes: Mapping[str, Axes]) -> Callable:
+        """The function of arrays in order, its partial results summed over devices."""
+
+        def run(*operands):
+            results = self.in_order(function)(*operands)
+            totals = []
+            for result, (_, part) in zip(results, self.results, strict=True):
+                over = tuple(a for factor in part.sums for a in axes.get(factor, ()))
+                totals.append(jax.lax.psum(result, over) if over else result)
+            return tuple(totals)
+
+        return run
+
+    def in_order(self, function: Callable) -> Callable:
+        """A function of arrays by name as one of arrays in order, as JAX's transforms want it."""
+
+        def run(*operands):
+            named = {name: x for (name, _), x in zip(self.operands, operands, strict=True)}
+            results = function(**named)
+            return tuple(results[name] for name, _ in self.results)
+
+        return run
+
+
+def mesh_axes(entry: Any) -> Axes:
+    """The mesh's axes in one entry of a PartitionSpec."""
+    if entry is None or entry is P.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
