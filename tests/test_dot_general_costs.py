@@ -9,6 +9,7 @@ import pytest
 
 from randlora_jax import RandLoraConfig, RandLoraDotGeneral
 from randlora_jax.linen import RandLora
+from randlora_jax.ops import Dropout
 from tests.compiling import shipped_jit
 
 # tokens, in, out, r: few to many tokens for each orientation.
@@ -163,7 +164,7 @@ def test_dropout_takes_the_cheaper_way_beside_the_frozen_product(tokens, sizes):
 
     def loss(scales, x, mask, kernel, A, B, probe):
         bases = {"randlora_A": A, "randlora_B": B}
-        operation = RandLoraDotGeneral(bases, [scales], [lambda x: x * mask])
+        operation = RandLoraDotGeneral(bases, [scales], [Dropout(0.5, lambda x: x * mask)])
         return jnp.sum(operation(x, kernel, (((1,), (0,)), ((), ()))) * probe)
 
     scales, x = (given.pop("lam"), given.pop("gamma")), given.pop("x")

@@ -9,6 +9,7 @@ libraries only if this does too (Albert et al., arXiv 2502.00987; PEFT `tuners/r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -159,6 +160,13 @@ _product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnu
 _product.defvjp(_forward, _backward)
 
 
+# Layers that are alike are traced once, and calls that are not traced are compiled.
+@functools.partial(jax.jit, static_argnums=0)
+def _product_of(spec, operands):
+    # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
+    return _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
+
+
 @dataclasses.dataclass(frozen=True)
 class RandLoraDotGeneral:
     """A `dot_general` whose right-hand side is `W + dW`: give it to a Flax layer.
@@ -166,7 +174,7 @@ class RandLoraDotGeneral:
     Attributes:
       bases: as `draw_bases` gives them.
       scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling.
-      dropouts: for each adapter, None or what acts on its input alone.
+      dropouts: for each adapter, None or the `randlora_jax.ops.Dropout` of its input.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       told: how the layer's arrays are divided among devices, where that is known before compiling.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
@@ -264,8 +272,7 @@ class RandLoraDotGeneral:
             kept = (drop.keep(x) if drop else jnp.ones_like(x, bool) for drop in self.dropouts)
             operands["keep"] = jnp.stack([in_order(keep) for keep in kept])
         operands = varying_alike(operands)
-        # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
-        y = _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
+        y = _product_of(spec, operands)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
