@@ -114,10 +114,9 @@ def check_fit(bases: Bases, features: tuple[int, int], shapes: Sequence[tuple[in
 def prepare_scales(bases: Bases, scales: Scales, scaling: float) -> Scales:
     """Folds alpha / r, and the size of ternary bases' entries, into lambda: (r, n) numbers."""
     lam, gamma = scales
-    factor = jnp.asarray(scaling, lam.dtype)
     if "randlora_scale" in bases:
-        factor = factor * jnp.prod(bases["randlora_scale"]).astype(lam.dtype)
-    return lam * factor, gamma
+        lam = lam * jnp.prod(bases["randlora_scale"]).astype(lam.dtype)
+    return lam * scaling, gamma
 
 
 def _forward(spec, operands):
@@ -161,8 +160,19 @@ _product.defvjp(_forward, _backward)
 
 
 # Layers that are alike are traced once, and calls that are not traced are compiled.
-@functools.partial(jax.jit, static_argnums=0)
-def _product_of(spec, operands):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _product_of(spec: Spec, contract: tuple[int, ...], operands: Any) -> jax.Array:
+    """`_product` of operands as a layer has them, x contracted along any axes.
+
+    Layers that are alike are traced once, and calls that are not traced are compiled.
+    """
+    tokens = [i for i in range(operands["x"].ndim) if i not in contract]
+    inputs_last = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly
+    operands = {**operands, "x": inputs_last(operands["x"])}
+    operands["lam"], operands["gamma"] = map(jnp.stack, zip(*operands.pop("scales"), strict=True))
+    if "keep" in operands:
+        operands["keep"] = jnp.stack([inputs_last(keep) for keep in operands["keep"]])
+    operands = varying_alike(operands)
     # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
     return _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
 
@@ -250,29 +260,20 @@ class RandLoraDotGeneral:
         self, x, contract, kernel_shape, precision, kernel,
         preferred_element_type=None, out_sharding=None,
     ) -> jax.Array:  # fmt: skip
-        tokens = [i for i in range(x.ndim) if i not in contract]
-        rates = tuple(drop.rate if drop else 0.0 for drop in self.dropouts)
+        tokens, rates = x.ndim - len(contract), [d.rate if d else 0.0 for d in self.dropouts]
         spec = Spec(
-            len(tokens), len(contract), kernel_shape, kernel is not None, precision,
-            preferred_element_type, self.strategy,
-            rates if any(rates) else (), _out_axes(out_sharding, len(tokens)), self.told,
+            tokens, len(contract), kernel_shape, kernel is not None, precision,
+            preferred_element_type, self.strategy, tuple(rates) if any(rates) else (),
+            _out_axes(out_sharding, tokens), self.told,
         )  # fmt: skip
-        lam, gamma = (jnp.stack(each) for each in zip(*self.scales, strict=True))
-        in_order = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly
-        operands = {
-            "x": in_order(x),
-            "A": self.bases["randlora_A"],
-            "B": self.bases["randlora_B"],
-            "lam": lam,
-            "gamma": gamma,
-        }
+        A, B = self.bases["randlora_A"], self.bases["randlora_B"]
+        operands = {"x": x, "A": A, "B": B, "scales": tuple(self.scales)}
         if kernel is not None:
             operands["kernel"] = kernel
         if spec.rates:
-            kept = (drop.keep(x) if drop else jnp.ones_like(x, bool) for drop in self.dropouts)
-            operands["keep"] = jnp.stack([in_order(keep) for keep in kept])
-        operands = varying_alike(operands)
-        y = _product_of(spec, operands)
+            kept = (d.keep(x) if d else jnp.ones_like(x, bool) for d in self.dropouts)
+            operands["keep"] = tuple(kept)
+        y = _product_of(spec, contract, operands)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
