@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from randlora_jax import trees
@@ -57,7 +56,7 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
     check_variables(variables, "params", "randlora", "randlora_bases")
     kernels = {}
     for _, site in sites_by_name(variables, config):
-        array = nn.unbox(trees.get(variables["params"], site.kernel_path))
+        array = trees.unboxed(trees.get(variables["params"], site.kernel_path))
         own = getattr(array, "sharding", None)
         if isinstance(own, NamedSharding) and own.mesh != placed.mesh:
             raise ValueError(

@@ -56,10 +56,10 @@ def merge_adapters(
         one, _ = named.select(variables, config, name)
         for site in sites_of(one, one_config, known):
             update = site.kernel, site.stack, one_config.scaling
-            scales = nn.unbox(site.scales(one["randlora"]))
+            scales = trees.unboxed(site.scales(one["randlora"]))
             added.setdefault(site.kernel_path, []).append((update, scales))
     for path, pairs in added.items():
-        kernel, (updates, scales) = nn.unbox(params[path]), zip(*pairs, strict=True)
+        kernel, (updates, scales) = trees.unboxed(params[path]), zip(*pairs, strict=True)
         # An array keeps the sharding it has; a tracer gets its own from the compiler.
         sharding = None if isinstance(kernel, Tracer) else getattr(kernel, "sharding", None)
         merged = _merger(updates, sharding)(kernel, dict(variables["randlora_bases"]), scales)

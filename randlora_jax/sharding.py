@@ -78,7 +78,7 @@ def sharding(
         raise ValueError("mesh is None, and no array is on one: give the mesh")
     for field, axes in (("data_axes", data_axes), ("zero_axes", zero_axes)):
         _check_axes(field, axes or (), on)
-    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(variables)}
+    leaves = {path: trees.unboxed(leaf) for path, leaf in trees.items(variables)}
     specs = {path: _spec(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     for name, site in sites_by_name(variables, config):
         kernel = ("params", *site.kernel_path)
@@ -103,14 +103,14 @@ def followed(
 
 def mesh_of(variables: trees.Tree) -> Mesh | AbstractMesh | None:
     """The mesh that variables are on, if an array among them is on one."""
-    found = (getattr(nn.unbox(leaf), "sharding", None) for _, leaf in trees.items(variables))
+    found = (getattr(trees.unboxed(leaf), "sharding", None) for _, leaf in trees.items(variables))
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
 
 
 def whole_beside(params: trees.Tree, added: Any) -> Any:
     """What is added to a base, whole on each device of the mesh that the base is on, if on one."""
     mesh = mesh_of(params)
-    traced = any(isinstance(nn.unbox(leaf), Tracer) for _, leaf in trees.items(params))
+    traced = any(isinstance(trees.unboxed(leaf), Tracer) for _, leaf in trees.items(params))
     if traced or not isinstance(mesh, Mesh):
         return added
     where = NamedSharding(mesh, P())

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
-
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.bases import check_rank
@@ -44,11 +42,11 @@ def sites_of(
                 f"{trees.shown(path)} has scales in 'randlora' but no kernel in 'params': the "
                 "adapter is of another model"
             )
-        shapes = [tuple(nn.unbox(leaf).shape) for leaf in (params[where], *scales)]
+        shapes = [tuple(trees.unboxed(leaf).shape) for leaf in (params[where], *scales)]
         try:
             if bases is not None:
                 check_rank(config, bases)
-            found = _readings(where, labelled, nn.unbox(params[where]).dtype, shapes, config)
+            found = _readings(where, labelled, trees.unboxed(params[where]).dtype, shapes, config)
             if known is not None and path in known:
                 features = known[path].kernel.features
                 found = [site for site in found if site.kernel.features == features]

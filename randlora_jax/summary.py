@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import flax.linen as nn
-
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
 from randlora_jax.checks import check_config, check_variables
@@ -62,7 +60,7 @@ def summary(
     for site in sites:
         kernel = trees.get(variables["params"], site.kernel_path)
         arrays = (kernel, *site.scales(variables["randlora"]))
-        shapes = [nn.unbox(array).shape for array in arrays]
+        shapes = [trees.unboxed(array).shape for array in arrays]
         count = sum(math.prod(shape) for shape in shapes[1:])
         cost = _cost(site.kernel, config.r, tokens, strategy) if tokens else ()
         name = trees.dotted(site.path) or "(root)"
@@ -71,14 +69,14 @@ def summary(
     trains = _count(trainable)
     total = trains + _count(variables["params"]) - _count(trainable.get("params", {}))
     held = bases_lib.nbytes(variables["randlora_bases"])
-    leaves = {path: nn.unbox(leaf) for path, leaf in trees.items(trainable)}
+    leaves = {path: trees.unboxed(leaf) for path, leaf in trees.items(trainable)}
     saved = bases_lib.nbytes(leaves) + held * config.save_projection
     facts = [
         ("trainable parameters", f"{trains:,} of {total:,} ({100 * trains / total:.2f} %)"),
         ("bases", f"{readable(held)}, one pair for all layers"),
         ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
-    params = {path: nn.unbox(leaf).shape for path, leaf in trees.items(variables["params"])}
+    params = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables["params"])}
     for line in described(left_out(params, sites, config)):
         facts.append(("" if facts[-1][0] in ("", "not adapted") else "not adapted", line))
     head = ["layer", "kernel", "lambda", "gamma", "trains"]
@@ -97,4 +95,4 @@ def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str,
 
 
 def _count(tree: trees.Tree) -> int:
-    return sum(math.prod(nn.unbox(leaf).shape) for _, leaf in trees.items(tree))
+    return sum(math.prod(trees.unboxed(leaf).shape) for _, leaf in trees.items(tree))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.core import FrozenDict
+from flax.core import FrozenDict, meta
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
@@ -56,6 +56,18 @@ def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, prefix: Path = ())
 def filtered(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:
     """The part of a tree whose leaves `keep` accepts."""
     return build({path: leaf for path, leaf in items(tree) if keep(path, leaf)})
+
+
+def unboxed(tree: Any) -> Any:
+    """What boxes hold, as it is: Flax's `unbox` moves it to where their names say it is."""
+    is_box = lambda node: isinstance(node, meta.AxisMetadata)
+
+    def value(node):
+        if isinstance(node, meta.Partitioned):
+            return unboxed(node.unbox(apply_constraint=False))
+        return unboxed(node.unbox()) if is_box(node) else node
+
+    return jax.tree.map(value, tree, is_leaf=is_box)
 
 
 def union(*trees: Tree) -> dict[str, Any]:

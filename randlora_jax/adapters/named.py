@@ -173,7 +173,7 @@ def with_strength(
         prefix = (name,) if name else ()
         for path, leaf in scaled.items():
             if path[: len(prefix)] == prefix and path[-1] == LAMBDA:
-                value = nn.unbox(leaf)
+                value = trees.unboxed(leaf)
                 scaled[path] = nn.meta.replace_boxed(leaf, value * number.astype(value.dtype))
     return {**variables, "randlora": trees.build(scaled)}
 

@@ -157,7 +157,7 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     check_variables(variables, "params", "randlora", "randlora_bases")
     check_config(config)
     trainable, _ = split(variables, config)
-    arrays, bases = nn.unbox(trainable), dict(variables["randlora_bases"])
+    arrays, bases = trees.unboxed(trainable), dict(variables["randlora_bases"])
     check_dtypes({**arrays, "randlora_bases": bases})
     bases_lib.check_rank(config, bases)
     if variables.get("params"):  # what is written must be readable: so it is asked what load asks
@@ -186,7 +186,7 @@ def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) ->
         raise BadAdapter(f"does not fit: {error}") from None
     params = dict(trees.items(variables["params"]))
     for path, leaf in trees.items(arrays.get("params", {})):
-        if path not in params or nn.unbox(params[path]).shape != leaf.shape:
+        if path not in params or trees.unboxed(params[path]).shape != leaf.shape:
             raise BadAdapter(
                 f"has a trained {trees.dotted(path)!r} of shape {leaf.shape}, "
                 "which the base has not: it is of another model"

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -167,7 +166,7 @@ def resolved(path: str | os.PathLike[str]) -> epath.Path:
 
 def _everywhere(variables: trees.Tree | None = None) -> Sharding:
     """Where arrays are restored to: to all devices of the base, or of several processes."""
-    found = (getattr(nn.unbox(x), "sharding", None) for _, x in trees.items(variables or {}))
+    found = (getattr(trees.unboxed(x), "sharding", None) for _, x in trees.items(variables or {}))
     for sharding in found:
         if isinstance(sharding, NamedSharding):
             return NamedSharding(sharding.mesh, PartitionSpec())

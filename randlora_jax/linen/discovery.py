@@ -91,12 +91,12 @@ def discover(
         # Kernels that only other methods than the call use: nothing better will tell of them.
         seen = Discovery(config, parameters, decided=seen.undecided)
         shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
-    traced = dict(trees.items(nn.unbox(shapes)))
+    traced = dict(trees.items(trees.unboxed(shapes)))
     given = dict(trees.items(variables["params"]))
     kernels = {(*module, name) for module, name in seen.found}
     names = [trees.dotted(path) for path in given]
     check_parameters(parameters, names, map(trees.dotted, kernels))
-    shapes = {path: nn.unbox(leaf).shape for path, leaf in given.items()}
+    shapes = {path: trees.unboxed(leaf).shape for path, leaf in given.items()}
     free = map(trees.dotted, may_be_kernels(shapes, kernels))
     raw = {trees.dotted(path) for path in kernels}
     targets.check(config, seen.modules, trees.modules_of(given), seen.submodules, free, raw)
@@ -140,7 +140,7 @@ def adaptable(
     found: dict[Kernel, str] = {}
     rule = rule_for(type(module))
     if rule is not None and rule.kernel in own:
-        value = nn.unbox(own[rule.kernel])
+        value = trees.unboxed(own[rule.kernel])
         try:
             kernel = rule.describe(module, value, config.fan_in_fan_out, call)
         except ValueError as error:
@@ -148,7 +148,7 @@ def adaptable(
                 raise ValueError(f"{trees.shown(module.path)}: {error}") from None
         else:
             found |= {} if kernel is None else {kernel: name}
-    values = {k: nn.unbox(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
+    values = {k: trees.unboxed(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
     for path, kernel in raw_kernels(name, values, parameters).items():
         found.setdefault(kernel, path)
     return found
@@ -210,7 +210,7 @@ class Discovery:
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))
         for path, leaf in trees.items(module.variables.get("params", {})):
-            shape, known = nn.unbox(leaf).shape, self.shapes.get((*module.path, *path))
+            shape, known = trees.unboxed(leaf).shape, self.shapes.get((*module.path, *path))
             if known is None or len(shape) < len(known):
                 self.shapes[(*module.path, *path)] = shape
         for value in vars(module).values():
@@ -254,7 +254,7 @@ def _as_given(site: Site, given: Mapping[trees.Path, Any]) -> Site:
     name, shape = trees.dotted(site.kernel_path), site.stored_shape
     if site.kernel_path not in given:
         raise ValueError(f"'params' has no {name!r}: it is of another model")
-    value = nn.unbox(given[site.kernel_path])
+    value = trees.unboxed(given[site.kernel_path])
     if value.shape != shape:
         raise ValueError(
             f"'params' has a {name!r} of {value.shape}, but the model has {shape}: it is of "

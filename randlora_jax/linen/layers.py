@@ -108,10 +108,10 @@ class Interceptor:
             for adapter, config in self.adapters.items():
                 names = [scale_name(scale, adapter) for scale in SCALES]
                 if names[0] in beside:
-                    lam, gamma = (nn.unbox(beside[name]) for name in names)
+                    lam, gamma = (trees.unboxed(beside[name]) for name in names)
                     if lam.ndim > 2:
                         break  # the outside of a lifted layer, which comes again inside
-                    number = nn.unbox(beside.get(scale_name(NUMBER, adapter)))
+                    number = trees.unboxed(beside.get(scale_name(NUMBER, adapter)))
                     scales, dropout = (lam, gamma), self._dropout(module, config, number)
                     found.append(
                         updates.prepare(target, kernel, config, self.bases, scales, dropout)
@@ -178,15 +178,17 @@ def _scaled_kernels(
         # Scales alone, and no parameters of a module that is called so.
         ours = isinstance(leaf, Mapping) and leaf and all(map(is_scale, leaf))
         if axes is not None and labelled in params and labelled not in claimed and ours:
-            value = nn.unbox(params[labelled])
-            if nn.unbox(next(iter(leaf.values()))).ndim == 2:  # else outside of a lifted layer
+            value = trees.unboxed(params[labelled])
+            if trees.unboxed(next(iter(leaf.values()))).ndim == 2:  # else outside of a lifted layer
                 found[Kernel(value.shape, axes, labelled, value.dtype)] = name
     shapes = {  # of any adapter's, for they agree
-        key.partition(":")[0]: nn.unbox(leaf).shape for key, leaf in params.items() if is_scale(key)
+        key.partition(":")[0]: trees.unboxed(leaf).shape
+        for key, leaf in params.items()
+        if is_scale(key)
     }
     if "kernel" not in params or "kernel" in claimed or len(shapes.get(LAMBDA, ())) != 2:
         return found
-    value = nn.unbox(params["kernel"])
+    value = trees.unboxed(params["kernel"])
     for i in range(1, value.ndim):
         kernel = Kernel(value.shape, tuple(range(i)), "kernel", value.dtype)
         if kernel.scale_shapes(shapes[LAMBDA][0]) == (shapes[LAMBDA], shapes[GAMMA]):
@@ -230,7 +232,7 @@ class LinenCall(updates.Call):
         def changed(name, node):
             if isinstance(node, Mapping):
                 return {key: changed("", child) for key, child in node.items()}
-            return nn.meta.replace_boxed(node, change(name, nn.unbox(node)))
+            return nn.meta.replace_boxed(node, change(name, trees.unboxed(node)))
 
         def change_params(collections):
             params = {name: changed(name, node) for name, node in collections["params"].items()}

@@ -40,11 +40,11 @@ def beside_kernels(
             where, _ = parse_label(path, kernels)
             stack = Stack()
             if where in kernels:  # a method of a part of the model does with a part of the base
-                stack = part_of_stack(config, where[:-1], nn.unbox(kernels[where]).shape)
+                stack = part_of_stack(config, where[:-1], trees.unboxed(kernels[where]).shape)
             for scale, leaf in zip(SCALES, pair, strict=True):
-                spread = nn.meta.replace_boxed(leaf, stack.spread(nn.unbox(leaf)))
+                spread = nn.meta.replace_boxed(leaf, stack.spread(trees.unboxed(leaf)))
                 added[(*path, scale_name(scale, name))] = spread
-                shape = nn.unbox(spread).shape
+                shape = trees.unboxed(spread).shape
                 if numbered and scale == LAMBDA and len(shape) > 2:
                     numbers = _numbers(path, shape)
                     box = nn.meta.replace_boxed(spread, numbers)
@@ -69,7 +69,7 @@ def boxed(
     leaves = dict(scales)
     for site in sites:
         box = trees.get(variables["params"], site.kernel_path)
-        kernel = nn.unbox(box)
+        kernel = trees.unboxed(box)
         for scale, axes in site.scale_axes(spec_of(kernel)).items():
             path = (*site.path, scale)
             leaves[path] = along(kernel, axes, leaves[path])

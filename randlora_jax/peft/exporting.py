@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-import flax.linen as nn
 import numpy as np
 
 from randlora_jax import targets, trees
@@ -41,10 +40,10 @@ def to_peft(
             "named_modules() for names, or module_names(folder) of an adapter"
         )
     params = trees.items(variables.get("params", {}))
-    shapes = {path: tuple(nn.unbox(leaf).shape) for path, leaf in params}
+    shapes = {path: tuple(trees.unboxed(leaf).shape) for path, leaf in params}
     scales, adapted = {}, {}
     for path, pair in scale_pairs(variables["randlora"]):
-        arrays = [np.asarray(nn.unbox(leaf)) for leaf in pair]
+        arrays = [np.asarray(trees.unboxed(leaf)) for leaf in pair]
         module = kernel_at(path, shapes)[1][:-1]
         axes = (0,) * (arrays[0].ndim - 2) if stacks is None else stacks[path].axes
         if len(axes) > 1:
@@ -95,7 +94,7 @@ def _others(variables, config, name_of, adapted):
     found = {}
     trained = dict(trees.items(split(variables, config)[0].get("params", {})))
     for path, leaf in trained.items():
-        value, module = np.asarray(nn.unbox(leaf)), path[:-1]
+        value, module = np.asarray(trees.unboxed(leaf)), path[:-1]
         whole = targets.is_saved_whole(config, trees.dotted(module))
         rows: tuple[int | None, ...] = (None,)
         if name_of(module, None) is None and value.ndim:
@@ -103,7 +102,7 @@ def _others(variables, config, name_of, adapted):
             if config.bias == "randlora_only" and not whole:
                 rows = adapted[module]
         bias = trained.get((*module, "bias"))
-        outputs = None if bias is None else nn.unbox(bias).ndim - (rows != (None,))
+        outputs = None if bias is None else trees.unboxed(bias).ndim - (rows != (None,))
         for row in rows:
             part = value if row is None else value[row]
             name = _name(name_of, module, row)

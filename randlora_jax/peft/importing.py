@@ -26,7 +26,7 @@ def onto_base(
     adapter: Adapter, variables: trees.Tree, name_map: Names
 ) -> tuple[dict[str, Any], RandLoraConfig]:
     """Puts an adapter on a base and checks that it fits, as `peft.load_adapter` says."""
-    shapes = {p: tuple(nn.unbox(leaf).shape) for p, leaf in trees.items(variables["params"])}
+    shapes = {p: tuple(trees.unboxed(leaf).shape) for p, leaf in trees.items(variables["params"])}
     added, config, stacks = from_peft(adapter, name_map, shapes)
     loaded = {**variables, **added}
     sites_of(loaded, config, guess=True)
@@ -176,7 +176,7 @@ def _with_others(
             )
         shape = shapes[where] if index is None else shapes[where][1:]
         value = from_torch(value, where, shape, config.fan_in_fan_out)
-        old = nn.unbox(params[where])
+        old = trees.unboxed(params[where])
         dtype = np.promote_types(old.dtype, value.dtype)  # so that neither is rounded
         if index is None:
             new[where] = value.astype(dtype)
@@ -202,7 +202,7 @@ def _with_others(
             )
     for path, value in new.items():
         array = _to_jax(value)
-        sharding = getattr(nn.unbox(params[path]), "sharding", None)
+        sharding = getattr(trees.unboxed(params[path]), "sharding", None)
         array = array if sharding is None else jax.device_put(array, sharding)
         params[path] = nn.meta.replace_boxed(params[path], array)
     return {**loaded, "params": trees.build(params)}, config
