@@ -80,7 +80,7 @@ def factors(
 def _scale_gradients(A, lam, gamma, dU):
     """Gradients of lambda and gamma from that of U, (m, small)."""
     (_, r, n), small = lam.shape, A.shape[-1]
-    weighted = dU.reshape(r, n, small) * A[:, None].astype(dU.dtype)
+    weighted = (dU.reshape(r, n, small) * A[:, None].astype(dU.dtype))[None]
     d_lam = jnp.sum(weighted * gamma.astype(dU.dtype)[:, None], -1)
     d_gamma = jnp.sum(weighted * lam.astype(dU.dtype)[..., None], 1)
     return d_lam.astype(lam.dtype), d_gamma.astype(gamma.dtype)
