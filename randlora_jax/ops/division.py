@@ -130,12 +130,12 @@ class Division:
         axes: dict[str, Axes] = {}
         used: set[str] = set()
         for factor, wanted in self.told:
-            for axis in wanted:
-                more = (*axes.get(factor, ()), axis)
-                free = axis in sizes and axis not in used
-                if free and length[factor] % math.prod(sizes[a] for a in more) == 0:
-                    axes[factor] = more
-                    used.add(axis)
+            free = [axis for axis in wanted if axis in sizes and axis not in used]
+            while free and length[factor] % math.prod(sizes[axis] for axis in free) != 0:
+                free.pop()
+            if free:
+                axes[factor] = tuple(free)
+                used.update(free)
         return axes
 
     def specs(self, axes: Mapping[str, Axes]) -> tuple[tuple[P, ...], tuple[P, ...]]:

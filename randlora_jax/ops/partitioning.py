@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -42,13 +42,20 @@ def per_device(
     types = set(current.axis_types) if not current.empty else set()
     if mesh is not None and AxisType.Explicit not in types:
         results = _told_by_user(function, division, mesh, arrays)
-    elif AxisType.Manual in types or (AxisType.Explicit not in types and jax.device_count() == 1):
+    elif AxisType.Manual in types or not (
+        AxisType.Explicit in types or (jax.device_count() > 1 and not _symbolic(arrays))
+    ):
         results = division.in_order(function)(*arrays)
     elif AxisType.Explicit in types:
         results = _told_by_types(function, division, current, arrays)
     else:
         results = _told_by_compiler(function, division)(*arrays)
     return {name: x for (name, _), x in zip(division.results, results, strict=True)}
+
+
+def _symbolic(arrays: Sequence[jax.Array]) -> bool:
+    """Whether a size among theirs is a symbol of `jax.export`."""
+    return any(not isinstance(size, int) for array in arrays for size in array.shape)
 
 
 def varying_alike(operands: Arrays) -> Arrays:
@@ -93,13 +100,21 @@ def _told_by_user(function, division: Division, mesh, operands):
     by_hand = set(current.manual_axes)  # a `jax.shard_map` around us has divided along them
     sizes = {axis: size for axis, size in mesh.shape.items() if axis not in by_hand}
     axes = division.as_told([x.shape for x in operands], sizes)
+    place = lambda x, spec: jax.lax.with_sharding_constraint(
+        x, spec if mesh is current else NamedSharding(mesh, spec)
+    )
     # Else the compiler would cut up the bases for one layer, and paste them for the next.
-    whole = PartitionSpec() if mesh is current else NamedSharding(mesh, PartitionSpec())
-    bases = [part.whole for _, part in division.operands]
     operands = [
-        jax.lax.with_sharding_constraint(x, whole) if is_base else x
-        for x, is_base in zip(operands, bases, strict=True)
+        place(x, PartitionSpec()) if part.whole else x
+        for x, (_, part) in zip(operands, division.operands, strict=True)
     ]
+    if _symbolic(operands):  # JAX crashes where it refines the shapes of an exported `shard_map`
+        specs, of_results = division.specs(axes)
+        parts = [part for _, part in division.operands]
+        given = zip(operands, specs, parts, strict=True)
+        operands = [x if part.whole else place(x, spec) for x, spec, part in given]
+        results = division.in_order(function)(*operands)
+        return [place(x, spec) for x, spec in zip(results, of_results, strict=True)]
     return _in_shard_map(function, division, mesh, axes, operands)
 
 
