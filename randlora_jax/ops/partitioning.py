@@ -67,7 +67,7 @@ def varying_alike(operands: Arrays) -> Arrays:
     Raises:
       ValueError: for a kernel that is divided by hand, whose update nothing here can tell.
     """
-    varying = {name: jax.typeof(a).mat.varying for name, a in operands.items()}
+    varying = {name: _varies(a) for name, a in operands.items()}
     of_kernel = varying.get("kernel", frozenset())
     alone = of_kernel - varying["x"] - varying["lam"] - varying["gamma"]
     if alone:
@@ -79,12 +79,17 @@ def varying_alike(operands: Arrays) -> Arrays:
             "without it"
         )
     every = frozenset().union(*varying.values())
-    return {
-        name: jax.lax.pcast(a, tuple(every - varying[name]), to="varying")
-        if every - varying[name]
-        else a
-        for name, a in operands.items()
-    }
+    return {name: _varying(a, every) for name, a in operands.items()}
+
+
+def _varies(array: jax.Array) -> frozenset[str]:
+    """The axes of a user's `jax.shard_map` along which it differs by device."""
+    return jax.typeof(array).mat.varying
+
+
+def _varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(axes - _varies(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def divided_like(value: jax.Array, other: jax.Array) -> jax.Array:
@@ -132,7 +137,8 @@ def _in_shard_map(function, division: Division, mesh, axes: Mapping[str, Axes], 
         axis_names=used,
         check_vma=False,
     )
-    return run(*operands)
+    # Within a `jax.shard_map` of a user's own, ours does not say that results differ by device.
+    return [_varying(x, _varies(operands[0])) for x in run(*operands)]
 
 
 def _told_by_types(function, division: Division, mesh, operands):
