@@ -1,15 +1,10 @@
 """A process of its own: compiles a step on a mesh, and says whether JAX's cache had it."""
 
 import json
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 from jax import export
-from jax._src import monitoring
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
@@ -41,15 +36,13 @@ def main(cache, exported):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     mesh, variables, x = arrays()
-    found = {}
+    found, events = {}, []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     with jax.set_mesh(mesh):
         for strategy in STRATEGIES:
-            hits = []
-            record = lambda event, hits=hits, **_: hits.append("cache_hits" in event)
-            monitoring.register_event_listener(record)
+            events.clear()
             value = loss(strategy, variables, x)(variables, x)
-            monitoring.unregister_event_listener(record)
-            found[strategy] = any(hits), float(value)
+            found[strategy] = any("cache_hits" in event for event in events), float(value)
         with open(exported, "rb") as file:
             call = export.deserialize(file.read()).call
         found["exported"] = False, float(jax.jit(call)(variables, x))

@@ -81,11 +81,11 @@ def constrained(x, spec):
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
-def block(x, layers, norms, layout):
+def block(x, layers, norms, layout, heads=HEADS):
     """One block, of layers and norms by name, whichever front end they are of."""
-    heads = lambda y: y.reshape(*x.shape[:2], HEADS, D // HEADS)
+    split = lambda y: y.reshape(*x.shape[:2], heads, x.shape[2] // heads)
     h = constrained(norms[0](x), layout.norm)
-    attended = jax.nn.dot_product_attention(*(heads(layers[name](h)) for name in "qkv"))
+    attended = jax.nn.dot_product_attention(*(split(layers[name](h)) for name in "qkv"))
     x = constrained(x + layers["o"](attended.reshape(x.shape)), layout.residual)
     h = constrained(norms[1](x), layout.norm)
     h = constrained(nn.gelu(layers["up"](h)), layout.hidden)
@@ -94,23 +94,26 @@ def block(x, layers, norms, layout):
 
 class Block(nn.Module):
     layout: Layout
+    sizes: tuple[int, int] = (F, HEADS)
 
     @nn.compact
     def __call__(self, x):
-        widths = {**dict.fromkeys("qkvo", D), "up": F, "down": D}
+        (hidden, heads), width = self.sizes, x.shape[-1]
+        widths = {**dict.fromkeys("qkvo", width), "up": hidden, "down": width}
         dense = lambda name, width: nn.Dense(width, use_bias=False, name=name)
         layers = {name: dense(name, width) for name, width in widths.items()}
-        return block(x, layers, [nn.RMSNorm(), nn.RMSNorm()], self.layout)
+        return block(x, layers, [nn.RMSNorm(), nn.RMSNorm()], self.layout, heads)
 
 
 class Net(nn.Module):
     layout: Layout
     layers: int = 1
+    sizes: tuple[int, int] = (F, HEADS)
 
     @nn.compact
     def __call__(self, x):
         for i in range(self.layers):
-            x = nn.remat(Block)(self.layout, name=f"block_{i}")(x)
+            x = nn.remat(Block)(self.layout, self.sizes, name=f"block_{i}")(x)
         return x
 
 
@@ -138,14 +141,19 @@ def _params(layers):
     return Net(Layout({}), layers).init(jax.random.key(0), jnp.ones(X))["params"]
 
 
+def spec_of(path, value, layout):
+    """Where the layout has a parameter."""
+    if len(value.shape) < 2:
+        return P()
+    return layout.opening if path[-2].key in OPENING else layout.closing
+
+
 def placed_params(layout, mesh, layers=1, dtype=jnp.float32):
     """Parameters of `Net`, each where the layout has it."""
 
     def put(path, value):
-        spec = P()
-        if value.ndim == 2:
-            spec = layout.opening if path[-2].key in OPENING else layout.closing
-        return jax.device_put(value.astype(dtype), NamedSharding(mesh, spec))
+        where = NamedSharding(mesh, spec_of(path, value, layout))
+        return jax.device_put(value.astype(dtype), where)
 
     return jax.tree_util.tree_map_with_path(put, _params(layers))
 

@@ -100,7 +100,8 @@ class Division:
             for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
                 length[factor] = size
                 entries.setdefault(factor, []).append(mesh_axes(entry))
-                for axis in () if factor in self.undivided else mesh_axes(entry):
+                some = () if factor in self.undivided else mesh_axes(entry)
+                for axis in (axis for axis in some if sizes[axis] > 1):
                     of_axis = held.setdefault(axis, {})
                     of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
         chosen: dict[str, set[str]] = {}
@@ -130,7 +131,7 @@ class Division:
         axes: dict[str, Axes] = {}
         used: set[str] = set()
         for factor, wanted in self.told:
-            free = [axis for axis in wanted if axis in sizes and axis not in used]
+            free = [axis for axis in wanted if sizes.get(axis, 1) > 1 and axis not in used]
             while free and length[factor] % math.prod(sizes[axis] for axis in free) != 0:
                 free.pop()
             if free:
@@ -167,7 +168,9 @@ class Division:
         )
         return f"{left} -> {right}"
 
-    def summed(self, function: Callable, axes: Mapping[str, Axes]) -> Callable:
+    def summed(
+        self, function: Callable, axes: Mapping[str, Axes], psum: Callable = jax.lax.psum
+    ) -> Callable:
         """The function of arrays in order, its partial results summed over devices."""
 
         def run(*operands):
@@ -175,7 +178,7 @@ class Division:
             totals = []
             for result, (_, part) in zip(results, self.results, strict=True):
                 over = tuple(a for factor in part.sums for a in axes.get(factor, ()))
-                totals.append(jax.lax.psum(result, over) if over else result)
+                totals.append(psum(result, over) if over else result)
             return tuple(totals)
 
         return run

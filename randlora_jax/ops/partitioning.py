@@ -130,7 +130,7 @@ def _in_shard_map(function, division: Division, mesh, axes: Mapping[str, Axes], 
     if not used:
         return division.in_order(function)(*operands)
     run = jax.shard_map(
-        division.summed(function, axes),
+        division.summed(function, axes, _psum),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -139,6 +139,14 @@ def _in_shard_map(function, division: Division, mesh, axes: Mapping[str, Axes], 
     )
     # Within a `jax.shard_map` of a user's own, ours does not say that results differ by device.
     return [_varying(x, _varies(operands[0])) for x in run(*operands)]
+
+
+def _psum(x: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over devices, in float32 on CPUs, where XLA's own way to do so can crash."""
+    if x.dtype.itemsize >= 4:
+        return jax.lax.psum(x, axes)
+    wide = lambda x: jax.lax.psum(x.astype(np.float32), axes).astype(x.dtype)
+    return jax.lax.platform_dependent(x, cpu=wide, default=lambda x: jax.lax.psum(x, axes))
 
 
 def _told_by_types(function, division: Division, mesh, operands):
