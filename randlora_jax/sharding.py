@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -128,8 +129,9 @@ def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
     """A scale, divided along these axes of the mesh that its kernel is on, if any is named."""
     mesh = mesh_of({"": kernel})
     concrete = isinstance(scale, jax.Array) and not isinstance(scale, Tracer)
-    divided = any(axes) and isinstance(mesh, Mesh) and concrete
-    return jax.device_put(scale, NamedSharding(mesh, P(*axes))) if divided else scale
+    if not isinstance(mesh, Mesh) or not any(axes) or not concrete:
+        return scale
+    return jax.device_put(scale, NamedSharding(mesh, P(*axes)))
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
@@ -141,8 +143,9 @@ def spec_of(array: Any) -> tuple[Any, ...]:
 def current_mesh_of(params: trees.Tree) -> contextlib.AbstractContextManager[Any]:
     """Makes the mesh that parameters are on the current one, where there is none."""
     mesh = mesh_of(params)
-    none = isinstance(mesh, Mesh) and jax.sharding.get_abstract_mesh().empty
-    return jax.set_mesh(mesh) if none else contextlib.nullcontext()
+    if not isinstance(mesh, Mesh) or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -190,7 +193,7 @@ def _spec(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules |
         return P(*spec_of(leaf))
     own = getattr(leaf, "rules", None)
     known = rules if rules is not None else own or nn.get_logical_axis_rules()
-    spec = nn.logical_to_mesh_axes(leaf.names, known) if known else leaf.get_partition_spec()
+    spec = logical_to_mesh_axes(leaf.names, known) if known else leaf.get_partition_spec()
     for axis in (axis for entry in spec or () for axis in mesh_axes(entry)):
         if axis not in mesh.axis_names:
             raise ValueError(
@@ -213,5 +216,5 @@ def _divided_more(
     for i in reversed(range(len(axes))):
         entry = (*mesh_axes(axes[i]), *more)
         if more and shape[i] % math.prod(mesh.shape[a] for a in entry) == 0:
-            return (*axes[:i], entry if len(entry) > 1 else entry[0], *axes[i + 1 :])
+            return (*axes[:i], entry, *axes[i + 1 :])
     return axes

@@ -10,7 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
+
+import randlora_jax as rl
+from randlora_jax.nnx import RandLoraParam, variables
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -60,8 +64,11 @@ def names(folder):
 
 
 def run(heading, code, names):
-    with jax.numpy_dtype_promotion("standard"):  # the loss and optax mix them
-        exec(compile(code, f"README.md, {heading}", "exec"), names)
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # the loss and optax mix them
+            exec(compile(code, f"README.md, {heading}", "exec"), names)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)  # else of this process from now on
 
 
 def test_every_block_of_code_runs(tmp_path):
@@ -73,9 +80,9 @@ def test_every_block_of_code_runs(tmp_path):
         _, of_nnx = names(tmp_path)
         run(heading, code, {**linen, "nnx": nnx, **of_nnx} if is_of_nnx(code) else linen)
         ran.append(heading)
-    others = ["## Recipes"] * 3 + ["## On many devices"] * 3
+    others = ["## Recipes"] * 3 + ["## On many devices"] * 5
     assert ran == ["## Use it in your own script"] * 2 + others
-    assert (linen["folder"] / "1" / "adapter").is_dir()
+    assert (linen["folder"] / "steps" / "1" / "adapter").is_dir()
     assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()
 
 
@@ -110,3 +117,69 @@ def test_a_new_process_trains_on(tmp_path):
         expected, _ = given["step"](*state, given["put"](given["batch"], "data"))
     np.testing.assert_allclose(np.load(tmp_path / "resumed.npy"), flat(expected), rtol=1e-5)
     assert not np.allclose(flat(expected), flat(given["trainable"]), rtol=1e-5)
+
+
+def nnx_on_many_devices(folder):
+    """An NNX model on the mesh, by the section's own block, and a step of its training."""
+    given, of_nnx = names(pathlib.Path(folder))
+    code = [code for heading, code in blocks() if heading == "## On many devices"]
+    for one in (next(code for _, code in blocks()), code[0]):
+        run("On many devices", one, given)
+    given |= {"nnx": nnx, **of_nnx}
+    run("On many devices", next(filter(is_of_nnx, code)), given)
+    model, optimizer = given["model"], given["optimizer"]
+    x = given["put"](given["batch"], "data")
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda model: given["loss_of"](model(x))
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, optimizer.wrt))(model))
+
+    def train():
+        with jax.numpy_dtype_promotion("standard"):
+            step(model, optimizer, x)
+
+    return model, optimizer, train
+
+
+def scales_of(model):
+    return flat(nnx.to_pure_dict(nnx.state(model, RandLoraParam)))
+
+
+def saved(model, optimizer, save_or_restore):
+    """The items of a checkpoint, as under Recipes."""
+    adapter, state = save_or_restore
+    items = {"adapter": adapter(variables(model), model.randlora_config)}
+    return ocp.args.Composite(**items, optimizer=state(nnx.state(optimizer)))
+
+
+SAVE = rl.AdapterSave, ocp.args.StandardSave
+RESTORE = rl.AdapterRestore, ocp.args.StandardRestore
+
+
+def test_a_new_process_trains_on_in_nnx(tmp_path):
+    model, optimizer, train = nnx_on_many_devices(tmp_path / "first")
+    train()
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(1, args=saved(model, optimizer, SAVE))
+    code = f"""
+        import numpy
+        import orbax.checkpoint as ocp
+        from flax import nnx
+        from randlora_jax.nnx import update
+        from tests.test_readme import RESTORE, nnx_on_many_devices, saved, scales_of
+        model, optimizer, train = nnx_on_many_devices({str(tmp_path / "second")!r})
+        with ocp.CheckpointManager({str(tmp_path / "steps")!r}) as manager:
+            restored = manager.restore(1, args=saved(model, optimizer, RESTORE))
+        update(model, restored.adapter[0])
+        nnx.update(optimizer, restored.optimizer)
+        train()
+        numpy.save({str(tmp_path / "resumed.npy")!r}, scales_of(model))
+    """
+    before = scales_of(model)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    train()
+    np.testing.assert_allclose(np.load(tmp_path / "resumed.npy"), scales_of(model), rtol=1e-5)
+    assert not np.allclose(before, scales_of(model), rtol=1e-5)

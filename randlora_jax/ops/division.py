@@ -104,11 +104,17 @@ class Division:
                 for axis in (axis for axis in some if sizes[axis] > 1):
                     of_axis = held.setdefault(axis, {})
                     of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
+
+        def preferred(axis: str) -> list[str]:
+            size = held[axis]
+            factors = sorted(size, key=lambda f: (-size[f], f not in self.first))
+            if by_type:
+                factors.sort(key=lambda f: (told.get(axis) != f, f not in self.first))
+            return factors
+
         chosen: dict[str, set[str]] = {}
-        for axis, of_axis in held.items():
-            decided = {told.get(axis): -2, **dict.fromkeys(self.first, -1)} if by_type else {}
-            by_size = sorted(of_axis, key=lambda f, of=of_axis: (-of[f], f not in self.first))
-            for factor in sorted(by_size, key=lambda f, of=decided: of.get(f, 0)):
+        for axis in held:
+            for factor in preferred(axis):
                 wanted = {axis, *chosen.get(factor, ())}
                 if length[factor] % math.prod(sizes[a] for a in wanted) == 0:
                     chosen[factor] = wanted
