@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
+import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Axes, Told, mesh_axes
+from randlora_jax.sharding import spec_in
 from randlora_jax.stored import sites_by_name
 
 
@@ -30,6 +34,9 @@ class Layout:
     mesh: Mesh | AbstractMesh
     tokens: tuple[Axes, ...]
     kernels: tuple[tuple[trees.Path, tuple[Axes, ...]], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.mesh.abstract_mesh, self.tokens, self.kernels)  # as in `Told`
 
     def told(self, path: trees.Path) -> Told | None:
         """What is told of the layer whose scales are at the path."""
@@ -47,23 +54,35 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
     Raises:
       ValueError: if the batch is on no mesh, or a kernel on another.
     """
+    check_variables(variables, "params", "randlora", "randlora_bases")
     placed = batch if isinstance(batch, NamedSharding) else getattr(batch, "sharding", None)
     if not isinstance(placed, NamedSharding):
         raise ValueError(
-            f"batch is on no mesh, but {placed}: give one as the model gets it, or its sharding, "
-            "NamedSharding(mesh, PartitionSpec('data'))"
+            f"batch is on no mesh, but {_where(batch)}: outside of jax.jit, give one as the model "
+            "gets it, or its sharding, NamedSharding(mesh, PartitionSpec('data'))"
         )
-    check_variables(variables, "params", "randlora", "randlora_bases")
+    mesh = placed.mesh
     kernels = {}
     for _, site in sites_by_name(variables, config):
-        array = trees.unboxed(trees.get(variables["params"], site.kernel_path))
+        box = trees.get(variables["params"], site.kernel_path)
+        array, path = trees.unboxed(box), trees.dotted(site.kernel_path)
         own = getattr(array, "sharding", None)
-        if isinstance(own, NamedSharding) and own.mesh != placed.mesh:
+        if own is None and not isinstance(box, nn.Partitioned):
             raise ValueError(
-                f"{trees.dotted(site.kernel_path)!r} is on another mesh than the batch, "
-                f"{own.mesh} and not {placed.mesh}: put both on one"
+                f"{path!r} has no sharding, but is {_where(array)}: give variables that are on the "
+                "mesh, or jax.ShapeDtypeStructs with the shardings of rl.sharding"
             )
-        spec = tuple(own.spec) if isinstance(own, NamedSharding) else ()
-        layer, _ = site.stack.split((*spec, *[None] * (array.ndim - len(spec))))
+        if isinstance(own, NamedSharding) and own.mesh.shape != mesh.shape:
+            raise ValueError(
+                f"{path!r} is on another mesh than the batch, {own.mesh} and not {placed.mesh}: "
+                "put both on one"
+            )
+        layer, _ = site.stack.split(tuple(spec_in(site.kernel_path, box, mesh, None)))
         kernels[site.path] = tuple(map(mesh_axes, layer))
-    return Layout(placed.mesh, tuple(map(mesh_axes, placed.spec)), tuple(kernels.items()))
+    return Layout(mesh, tuple(map(mesh_axes, placed.spec)), tuple(kernels.items()))
+
+
+def _where(array: Any) -> str:
+    kinds = {Tracer: "traced", jax.ShapeDtypeStruct: "abstract"}
+    found = (name for kind, name in kinds.items() if isinstance(array, kind))
+    return next(found, str(getattr(array, "sharding", repr(array))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,8 +43,8 @@ def sharding(
       mesh: where no array tells.
       data_axes: mesh axes that divide the batch. With them given, a gamma is divided along all
         others like the side of the kernel that it scales, which costs nothing to exchange.
-      zero_axes: mesh axes that divide gammas in any case, and so their gradients and the
-        optimizer's state, as ZeRO does it: each use of a gamma has to fetch it.
+      zero_axes: mesh axes that divide gammas wherever their sizes allow, and so their gradients
+        and the optimizer's state, as ZeRO does it: each use of a gamma has to fetch it.
       rules: what the names in boxes are on the mesh, as in Flax's `nn.logical_axis_rules`; by
         default the boxes' own, or those of the context.
 
@@ -79,15 +78,14 @@ def sharding(
         raise ValueError("mesh is None, and no array is on one: give the mesh")
     for field, axes in (("data_axes", data_axes), ("zero_axes", zero_axes)):
         _check_axes(field, axes or (), on)
-    leaves = {path: trees.unboxed(leaf) for path, leaf in trees.items(variables)}
-    specs = {path: _spec(path, leaf, on, rules) for path, leaf in trees.items(variables)}
+    shapes = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables)}
+    specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     for name, site in sites_by_name(variables, config):
-        kernel = ("params", *site.kernel_path)
-        names = (*specs[kernel], *[None] * (leaves[kernel].ndim - len(specs[kernel])))
+        names = tuple(specs["params", *site.kernel_path])
         for scale, axes in site.scale_axes(names, followed(data_axes)).items():
             path = ("randlora", *([name] if name else []), *site.path, scale)
-            more = zero_axes if scale == GAMMA else ()
-            specs[path] = P(*_divided_more(axes, leaves[path].shape, more, on))
+            more, shape = zero_axes if scale == GAMMA else (), shapes[path]
+            specs[path] = P(*_divided_more(_fitting(axes, shape, on), shape, more, on))
     return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
 
 
@@ -112,15 +110,15 @@ def whole_beside(params: trees.Tree, added: Any) -> Any:
     """What is added to a base, whole on each device of the mesh that the base is on, if on one."""
     mesh = mesh_of(params)
     traced = any(isinstance(trees.unboxed(leaf), Tracer) for _, leaf in trees.items(params))
-    if traced or not isinstance(mesh, Mesh):
+    if traced or mesh is None:
         return added
     where = NamedSharding(mesh, P())
 
     def put(leaf):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        there = mesh_of({"": leaf}) == mesh or isinstance(leaf, Tracer)
-        return leaf if there else jax.device_put(leaf, where)
+        stays = mesh_of({"": leaf}) == mesh or isinstance(leaf, Tracer)
+        return leaf if stays or isinstance(mesh, AbstractMesh) else jax.device_put(leaf, where)
 
     return jax.tree.map(put, added)
 
@@ -131,21 +129,37 @@ def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
     concrete = isinstance(scale, jax.Array) and not isinstance(scale, Tracer)
     if not isinstance(mesh, Mesh) or not any(axes) or not concrete:
         return scale
-    return jax.device_put(scale, NamedSharding(mesh, P(*axes)))
+    return jax.device_put(scale, NamedSharding(mesh, P(*_fitting(axes, scale.shape, mesh))))
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
-    """The entries of an array's PartitionSpec, if it is on a mesh."""
+    """What an array's axes are divided by, if it is on a mesh."""
     kind = getattr(array, "sharding", None)
-    return tuple(kind.spec) if isinstance(kind, NamedSharding) else ()
+    spec = tuple(kind.spec) if isinstance(kind, NamedSharding) else ()
+    return (*spec, *[None] * (array.ndim - len(spec)))
 
 
-def current_mesh_of(params: trees.Tree) -> contextlib.AbstractContextManager[Any]:
-    """Makes the mesh that parameters are on the current one, where there is none."""
-    mesh = mesh_of(params)
-    if not isinstance(mesh, Mesh) or not jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
-    return jax.set_mesh(mesh)
+def spec_in(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules | None) -> P:
+    """The PartitionSpec of a leaf on a mesh: of its box, of its array, or none.
+
+    Raises:
+      ValueError: for a box's name that is no axis of the mesh.
+    """
+    if not isinstance(leaf, nn.Partitioned):
+        return P(*spec_of(leaf))
+    spec: Any = leaf.get_partition_spec()
+    if isinstance(leaf, nn.LogicallyPartitioned):  # the names in other boxes are the mesh's own
+        known = rules if rules is not None else leaf.rules or nn.get_logical_axis_rules()
+        spec = logical_to_mesh_axes(leaf.names, known) if known else spec
+    for axis in (axis for entry in spec or () for axis in mesh_axes(entry)):
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{trees.dotted(path)!r} has an axis called {axis!r}, which is none of the mesh's "
+                f"{mesh.axis_names}: give rules=[({axis!r}, {mesh.axis_names[0]!r}), ...], with "
+                "None for an axis that is not divided"
+            )
+    entries = tuple(spec or ())
+    return P(*entries, *[None] * (trees.unboxed(leaf).ndim - len(entries)))
 
 
 def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -187,21 +201,12 @@ def _check_axes(field: str, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> N
             )
 
 
-def _spec(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules | None) -> P:
-    """The PartitionSpec of a leaf: of its box, of its array, or none."""
-    if not isinstance(leaf, nn.Partitioned):
-        return P(*spec_of(leaf))
-    own = getattr(leaf, "rules", None)
-    known = rules if rules is not None else own or nn.get_logical_axis_rules()
-    spec = logical_to_mesh_axes(leaf.names, known) if known else leaf.get_partition_spec()
-    for axis in (axis for entry in spec or () for axis in mesh_axes(entry)):
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"{trees.dotted(path)!r} has an axis called {axis!r}, which is none of the mesh's "
-                f"{mesh.axis_names}: give rules=[({axis!r}, {mesh.axis_names[0]!r}), ...], with "
-                "None for an axis that is not divided"
-            )
-    return spec or P()
+def _fitting(
+    axes: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> tuple[Any, ...]:
+    """The entries of a spec that divide the sizes: some rows of a stack may be too few for it."""
+    parts = lambda entry: math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+    return tuple(a if n % parts(a) == 0 else None for a, n in zip(axes, shape, strict=True))
 
 
 def _divided_more(
@@ -212,9 +217,10 @@ def _divided_more(
 ) -> tuple[Any, ...]:
     """A gamma's axes, of which the last that can is divided along more axes of the mesh."""
     used = {axis for entry in axes for axis in mesh_axes(entry)}
-    more = tuple(axis for axis in zero_axes if axis not in used)
-    for i in reversed(range(len(axes))):
-        entry = (*mesh_axes(axes[i]), *more)
-        if more and shape[i] % math.prod(mesh.shape[a] for a in entry) == 0:
-            return (*axes[:i], entry, *axes[i + 1 :])
+    more = [axis for axis in zero_axes if axis not in used]
+    for count in range(len(more), 0, -1):  # as many as can
+        for i in reversed(range(len(axes))):
+            entry = (*mesh_axes(axes[i]), *more[:count])
+            if shape[i] % math.prod(mesh.shape[axis] for axis in entry) == 0:
+                return (*axes[:i], entry, *axes[i + 1 :])
     return axes

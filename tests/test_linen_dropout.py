@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import InvalidRngError
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
@@ -284,3 +285,15 @@ def test_without_it_no_key_is_drawn_from_the_bases_streams():
     variables = plain.init(jax.random.key(0), X)
     jaxpr = str(jax.make_jaxpr(lambda v: plain.apply(v, X, rngs=RNGS))(variables))
     assert "random" not in jaxpr and "threefry" not in jaxpr
+
+
+def test_explicit_axes_may_divide_the_input():
+    """Flax's own layer does not take it there; ours draws a mask that is whole."""
+    model, variables = trained()
+    x = normal(0, 8, 5)
+    call = lambda v, x: model.apply(v, x, deterministic=False, rngs=RNGS)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        got = jax.jit(call)(variables, jax.device_put(x, where))
+    assert_close(as_numpy(got), as_numpy(call(variables, x)), 1e-5)

@@ -1,5 +1,7 @@
 """Where adapters, bases and optimizers live: on the base's mesh at once, and as users ask."""
 
+import pickle
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,15 @@ from jax.sharding import PartitionSpec as P
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
-from randlora_jax.nnx import RandLoraBasis, RandLoraParam, inject, insert
+from randlora_jax.nnx import (
+    RandLoraBasis,
+    RandLoraParam,
+    inject,
+    insert,
+    load_adapter,
+    set_layout,
+    variables,
+)
 from tests.pods import exchanged
 
 CONFIG = rl.RandLoraConfig(r=4, target_modules="all-linear")
@@ -102,6 +112,124 @@ def test_scales_of_a_stack_are_divided_as_its_layers_are():
     variables = RandLora(Stack(), CONFIG).adapt({"params": params}, X)
     for tree in (specs(variables), jax.tree.map(lambda s: s.spec, rl.sharding(variables, CONFIG))):
         assert set(jax.tree.leaves(tree["randlora"])) == {P("model", None, None)}
+
+
+def test_a_spec_may_leave_out_what_is_not_divided():
+    def divided(spec):
+        @nnx.vmap
+        def make(key):
+            return nnx.Linear(16, 10, use_bias=False, rngs=nnx.Rngs(key))
+
+        class Stacked(nnx.Module):
+            def __init__(self):
+                self.layers = make(jax.random.split(jax.random.key(0), 4))
+
+        model = Stacked()
+        kernel = model.layers.kernel
+        kernel.set_value(jax.device_put(kernel.get_value(), NamedSharding(mesh(), spec)))
+        inject(model, CONFIG, data_axes=["model"])
+        return model.layers.randlora_gamma.get_value().sharding.spec
+
+    assert divided(P("data")) == divided(P("data", None, None)) == P("data", None, None)
+    params = {"layer": {"kernel": put(jnp.ones((2, 16, 16)), "model")}}
+    variables = RandLora(Stack(), CONFIG).adapt({"params": params}, X)
+    assert set(jax.tree.leaves(specs(variables["randlora"]))) == {P("model", None, None)}
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(16, use_bias=False, name="dense")(x), None
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 4}
+        return nn.scan(Layer, **options)(name="layers")(x, None)[0]
+
+
+def test_rows_that_an_axis_does_not_divide_are_whole():
+    params = Layers().init(jax.random.key(0), X)["params"]
+    params = jax.tree.map(lambda a: put(a, "data", None, None), params)
+    config = CONFIG.replace(
+        target_modules=["dense"], layers_to_transform=[0, 1, 2], layers_pattern="layers"
+    )
+    adapted = RandLora(Layers(), config).adapt({"params": params}, X)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(adapted["randlora"])} == {3}
+    moved = jax.device_put(adapted, rl.sharding(adapted, config))
+    for leaf in jax.tree.leaves(moved["randlora"]):
+        assert leaf.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("zero_axes, divided", [(["data"], "data"), (["data", "model"], "data")])
+def test_zero_takes_the_axes_that_fit(zero_axes, divided):
+    variables = RandLora(nn.Dense(14), CONFIG).init(jax.random.key(0), jnp.ones((1, 12)))
+    found = rl.sharding(variables, CONFIG, mesh(), zero_axes=zero_axes)["randlora"]
+    assert found["randlora_gamma"].spec == P(None, divided)
+
+
+def test_names_of_a_plain_box_are_axes_of_the_mesh():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("data", "model"))
+    model = RandLora(nn.Dense(32, kernel_init=init), CONFIG)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), X)
+    with nn.logical_axis_rules(RULES):
+        found = rl.sharding(boxed, CONFIG, mesh())
+    assert found["params"]["kernel"].spec == P("data", "model")
+    found = rl.sharding(boxed, CONFIG, mesh(), rules=RULES)
+    assert found["params"]["kernel"].spec == P("data", "model")
+    layout = model.with_layout(boxed, NamedSharding(mesh(), P("data"))).layout
+    assert dict(layout.kernels)[()] == (("data",), ("model",))
+
+
+def test_what_is_loaded_is_on_the_mesh_and_divided_as_before(tmp_path):
+    layer = nnx.Linear(16, 32, rngs=nnx.Rngs(0))  # its bias is on no mesh
+    layer.kernel.set_value(put(layer.kernel.get_value(), "model", None))
+    inject(layer, CONFIG, data_axes=["data"])
+    before = layer.randlora_gamma.get_value().sharding
+    assert before.spec == P(None, "model")
+    rl.save_adapter(tmp_path / "adapter", variables(layer), CONFIG)
+    load_adapter(tmp_path / "adapter", layer)
+    assert layer.randlora_gamma.get_value().sharding == before
+    assert layer(put(X, "data")).shape == (8, 32)
+
+
+def test_what_is_added_to_an_abstract_model_is_abstract():
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
+    make = lambda: nnx.Linear(16, 32, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh()):
+        layer = inject(nnx.eval_shape(make), CONFIG)
+        set_layout(layer, put(X, "data"))
+    for leaf in jax.tree.leaves(nnx.state(layer)):
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
+    ((_, told),) = layer.randlora_layer.told
+    assert (told.tokens, told.kernel) == ((("data",),), (("data",), ("model",)))
+
+
+class One(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(32, use_bias=False)(x)
+
+
+def test_a_model_that_is_told_is_pickled_and_runs_on_another_mesh():
+    model = RandLora(One(), CONFIG)
+    adapted = model.adapt({"params": {"Dense_0": linen_variables()["params"]}}, X)
+    scales = jax.tree.map(lambda a: a + 0.1, adapted["randlora"])
+    adapted = {**adapted, "randlora": scales}
+    told = pickle.loads(pickle.dumps(model.with_layout(adapted, put(X, "data"))))
+    layer = inject(nnx_linear("data", "model"), CONFIG)
+    set_layout(layer, put(X, "data"))
+    again = pickle.loads(pickle.dumps(layer))
+    np.testing.assert_allclose(again(X), layer(X), rtol=1e-4)
+    expected = model.apply(jax.tree.map(np.asarray, adapted), X)
+    np.testing.assert_allclose(told.apply(adapted, X), expected, rtol=1e-5)
+    other = jax.make_mesh((2, 2), ("rows", "columns"), devices=jax.devices()[:4],
+                          axis_types=(AxisType.Auto,) * 2)  # fmt: skip
+    moved = jax.device_put(jax.tree.map(np.asarray, adapted), NamedSharding(other, P()))
+    with jax.set_mesh(other):
+        for run in (told.apply, jax.jit(told.apply)):
+            np.testing.assert_allclose(run(moved, X), expected, rtol=1e-5)
 
 
 def test_several_adapters_have_shardings():
@@ -220,8 +348,14 @@ def test_axes_that_are_none_are_refused(field):
 def test_a_layout_needs_a_batch_on_the_mesh_of_the_kernels():
     model = RandLora(nn.Dense(32, use_bias=False), CONFIG)
     variables = model.adapt(linen_variables(), X)
-    with pytest.raises(ValueError, match=r"batch is on no mesh.*NamedSharding\(mesh"):
-        model.with_layout(variables, X)
+    for batch in (X, P("data"), jax.ShapeDtypeStruct(X.shape, X.dtype)):
+        with pytest.raises(ValueError, match=r"batch is on no mesh.*NamedSharding\(mesh"):
+            model.with_layout(variables, batch)
+    with pytest.raises(ValueError, match=r"but traced: outside of jax\.jit"):
+        jax.jit(lambda v, x: model.with_layout(v, x).apply(v, x))(variables, put(X, "data"))
+    lost = jax.eval_shape(lambda v: v, variables)
+    with pytest.raises(ValueError, match=r"'kernel' has no sharding, but is abstract"):
+        model.with_layout(lost, put(X, "data"))
     other = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match=r"'kernel' is on another mesh than the batch"):
         model.with_layout(variables, put(X, "data", on=other))

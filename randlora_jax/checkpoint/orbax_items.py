@@ -166,10 +166,12 @@ def resolved(path: str | os.PathLike[str]) -> epath.Path:
 
 def _everywhere(variables: trees.Tree | None = None) -> Sharding:
     """Where arrays are restored to: to all devices of the base, or of several processes."""
-    found = (getattr(trees.unboxed(x), "sharding", None) for _, x in trees.items(variables or {}))
+    leaves = [trees.unboxed(leaf) for _, leaf in trees.items(variables or {})]
+    found = [getattr(leaf, "sharding", None) for leaf in leaves]
     for sharding in found:
-        if isinstance(sharding, NamedSharding):
+        if isinstance(sharding, NamedSharding):  # the rest of the base may be on no mesh by itself
             return NamedSharding(sharding.mesh, PartitionSpec())
+    for sharding in found:
         if isinstance(sharding, SingleDeviceSharding) and jax.process_count() == 1:
             return sharding
     if jax.process_count() == 1:

@@ -257,6 +257,7 @@ class RandLora(nn.Module):
         It computes the same, but needs no callback of the compiler: so it can be exported
         (`jax.export`), serialised, lowered for a mesh that is not there, and found in JAX's
         persistent compilation cache. Arrays that are divided otherwise are moved, and right.
+        `jax.vmap` with a `spmd_axis_name` that divides the batch or kernels is refused by JAX then.
 
         Args:
           variables: as `adapt` returned them, on the mesh; `jax.ShapeDtypeStruct`s with shardings

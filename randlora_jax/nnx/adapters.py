@@ -9,14 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from randlora_jax import bases, trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_scales
-from randlora_jax.nnx.attaching import Adapters, attach, detach_dropout, given_scales
+from randlora_jax.nnx.attaching import (
+    Adapters,
+    attach,
+    detach_dropout,
+    given_scales,
+    making_variables,
+)
 from randlora_jax.nnx.classes import all_or_nothing
 from randlora_jax.nnx.discovery import find, modules_of, tell_left_out
 from randlora_jax.nnx.layers import has_scales, holder
@@ -27,8 +32,15 @@ from randlora_jax.nnx.lending import (
     bases_of,
     lend_again,
 )
-from randlora_jax.nnx.state import active_of, base_variables, config_of, set_config, variables
-from randlora_jax.sharding import current_mesh_of, whole_beside
+from randlora_jax.nnx.state import (
+    active_of,
+    base_variables,
+    config_of,
+    placed_like,
+    set_config,
+    variables,
+)
+from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import SCALES, Site, scale_name
 
 
@@ -114,14 +126,14 @@ def insert(
     strategy = next(iter(adapted_modules(model).values())).randlora_layer.strategy
     active = tuple(active_of(model).items())
     params = base["params"]
-    with current_mesh_of(params), all_or_nothing(modules.values()):
+    with making_variables(params), all_or_nothing(modules.values()):
         new = Adapters({name: config}, {name: sites}, {name: whole_beside(params, found)})
         attach(model, modules, new, active, strategy, rngs, data_axes)
         set_config(model, configs)
     for key, value in larger.items():
         own = getattr(model, key)
         if value.shape != own.get_value().shape:
-            own.set_value(_placed_like(own.get_value(), value))
+            own.set_value(placed_like(own.get_value(), value))
     lend_again(model)
 
 
@@ -209,11 +221,6 @@ def _abstract_if(model: nnx.Module, make: Callable[[], Any]) -> Any:
     """What is made, or for an abstract model its shapes."""
     abstract = isinstance(bases_of(model)["randlora_A"], jax.ShapeDtypeStruct)
     return jax.eval_shape(make) if abstract else make()
-
-
-def _placed_like(old: Any, new: Any) -> Any:
-    real = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in (old, new))
-    return jax.device_put(new, old.sharding) if real else new
 
 
 def _forget(module: nnx.Module, name: str) -> None:

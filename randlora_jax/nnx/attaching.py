@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import get_pspec
+from jax.sharding import Mesh
 
 from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
@@ -18,7 +21,7 @@ from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
 from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.sharding import along, followed, spec_of
+from randlora_jax.sharding import along, followed, mesh_of, spec_of
 from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
 from randlora_jax.stored import sites_of
 
@@ -87,6 +90,19 @@ def given_scales(
     check_same(given, trees.build(dict(collections.ChainMap(*stored))))
     sites_of({**variables, "randlora": given}, config, guess=True)
     return dict(trees.items(given))
+
+
+def making_variables(params: trees.Tree) -> contextlib.AbstractContextManager[Any]:
+    """In which Flax puts new variables where their names say: on the mesh of the parameters.
+
+    Of abstract parameters there is nothing to put.
+    """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in trees.items(params)):
+        return nnx.use_eager_sharding(False)
+    mesh = mesh_of(params)
+    if not isinstance(mesh, Mesh) or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def _attach_scales(

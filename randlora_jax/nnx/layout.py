@@ -17,7 +17,8 @@ def set_layout(model: nnx.Module, batch: Any) -> None:
 
     It computes the same from then on, but needs no callback of the compiler: so it can be exported
     (`jax.export`), serialised, lowered for a mesh that is not there, and found in JAX's persistent
-    compilation cache. Arrays that are divided otherwise are moved, and right.
+    compilation cache. Arrays that are divided otherwise are moved, and right. `jax.vmap` with a
+    `spmd_axis_name` that divides the batch or kernels is refused by JAX then.
 
     Args:
       model: an injected model on the mesh; an abstract one with shardings will do. What `insert`

@@ -20,7 +20,14 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.initial import initial_values
-from randlora_jax.nnx.attaching import Adapters, Scales, attach, axis_names, given_scales
+from randlora_jax.nnx.attaching import (
+    Adapters,
+    Scales,
+    attach,
+    axis_names,
+    given_scales,
+    making_variables,
+)
 from randlora_jax.nnx.classes import all_or_nothing, set_class, take_class
 from randlora_jax.nnx.discovery import find, modules_of, original_class, tell_left_out, variable_of
 from randlora_jax.nnx.lending import RandLoraBasis, adapted_modules, unsettle
@@ -37,7 +44,7 @@ from randlora_jax.nnx.state import (
 )
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.registry import rule_for
-from randlora_jax.sharding import current_mesh_of, whole_beside
+from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import Site, parse_label
 from randlora_jax.stored import scale_pairs
 
@@ -138,7 +145,7 @@ def inject(
     scales, bases = whole_beside(base["params"], (scales, bases))
     # Every device needs all of the bases, as they are.
     sharded = any(axis_names(kernel) is not None for kernel in kernels)
-    with current_mesh_of(base["params"]), all_or_nothing(modules.values()):
+    with making_variables(base["params"]), all_or_nothing(modules.values()):
         new = Adapters(configs, sites, scales)
         acting = tuple(named.active(config, active).items())
         attach(model, modules, new, acting, strategy, rngs, data_axes)

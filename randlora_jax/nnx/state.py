@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from randlora_jax import training, trees
 from randlora_jax.adapters import named
@@ -54,6 +56,8 @@ def variables(model: nnx.Module) -> dict[str, Any]:
 def update(model: nnx.Module, values: trees.Tree) -> None:
     """Puts arrays into an injected model: the inverse of `variables`.
 
+    Scales of a model that is on a mesh are divided as they were.
+
     Args:
       values: like `variables(model)`; "params" can be left out, or have only those that change.
 
@@ -66,7 +70,8 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
     check_params(params, now["params"])
     set_params(model, params)
     for path, variable, stack in _scales(model):
-        variable.set_value(spread(stack, trees.get(values["randlora"], path)))
+        value = spread(stack, trees.get(values["randlora"], path))
+        variable.set_value(placed_like(variable.get_value(), value))
     for key, value in values["randlora_bases"].items():
         getattr(model, key).set_value(value)
     lend_again(model)
@@ -190,6 +195,13 @@ def check_same(given: trees.Tree, expected: trees.Tree) -> None:
 def spread(stack: Stack, scales: Any) -> Any:
     """`Stack.spread`, of arrays or of abstract ones."""
     return _evaluate(stack.spread, scales)
+
+
+def placed_like(old: Any, new: Any) -> Any:
+    """The new array where the old one is, if that is on a mesh."""
+    real = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in (old, new))
+    on_mesh = real and isinstance(old.sharding, NamedSharding)
+    return jax.device_put(new, old.sharding) if on_mesh else new
 
 
 def _scales(model: nnx.Module) -> Iterator[tuple[trees.Path, nnx.Variable, Stack]]:

@@ -54,6 +54,9 @@ class Told:
     tokens: tuple[Axes, ...]
     kernel: tuple[Axes, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Told, (self.mesh.abstract_mesh, self.tokens, self.kernel)  # devices are no data
+
 
 @dataclasses.dataclass(frozen=True)
 class Division:

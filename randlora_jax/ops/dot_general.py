@@ -46,7 +46,8 @@ class Dropout:
 
     def keep(self, x: jax.Array) -> jax.Array:
         """Which of x's numbers the layer keeps, as it would in its next call."""
-        return self.layer(jnp.ones_like(x)) != 0
+        # Undivided: where types say that x is divided, Flax's layer would not take it.
+        return self.layer(jnp.ones(x.shape, x.dtype)) != 0
 
 
 def delta_weight(

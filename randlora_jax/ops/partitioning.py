@@ -38,7 +38,8 @@ def per_device(
       mesh: on which the division is told, if it is.
     """
     arrays = [operands[name] for name, _ in division.operands]
-    current = jax.typeof(arrays[0]).sharding.mesh
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]  # none where it is on no mesh
+    current = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     types = set(current.axis_types) if not current.empty else set()
     if mesh is not None and AxisType.Explicit not in types:
         results = _told_by_user(function, division, mesh, arrays)
@@ -101,6 +102,11 @@ def divided_like(value: jax.Array, other: jax.Array) -> jax.Array:
 
 def _told_by_user(function, division: Division, mesh, operands):
     current = jax.sharding.get_abstract_mesh()
+    elsewhere = isinstance(mesh, AbstractMesh) if current.empty else current.shape != mesh.shape
+    if (
+        elsewhere
+    ):  # it is told of another mesh, or of one that nobody has here: the compiler may see
+        return division.in_order(function)(*operands)
     mesh = mesh if current.empty else current
     by_hand = set(current.manual_axes)  # a `jax.shard_map` around us has divided along them
     sizes = {axis: size for axis, size in mesh.shape.items() if axis not in by_hand}
