@@ -18,8 +18,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Axes, Told, mesh_axes
-from randlora_jax.sharding import spec_in
-from randlora_jax.stored import sites_by_name
+from randlora_jax.sharding import sites_by_name, spec_in
 
 
 @dataclasses.dataclass(frozen=True)

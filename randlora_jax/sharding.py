@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +17,8 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.ops.division import mesh_axes
-from randlora_jax.sites import GAMMA
-from randlora_jax.stored import sites_by_name
+from randlora_jax.sites import GAMMA, Site
+from randlora_jax.stored import sites_of
 
 Rules = Sequence[tuple[str, Any]]
 
@@ -87,6 +87,14 @@ def sharding(
             more, shape = zero_axes if scale == GAMMA else (), shapes[path]
             specs[path] = P(*_divided_more(_fitting(axes, shape, on), shape, more, on))
     return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
+
+
+def sites_by_name(variables: trees.Tree, config: named.Configs) -> Iterator[tuple[str, Site]]:
+    """(name of the adapter, site) of each site, as far as shapes tell; "" for one config alone."""
+    for name, one in named.by_name(config).items():
+        of_one = {**variables, "randlora": named.scales_of(variables, name)}
+        for site in sites_of(of_one, one, guess=True):
+            yield name, site
 
 
 def followed(

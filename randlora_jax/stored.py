@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from randlora_jax import trees
-from randlora_jax.adapters import named
 from randlora_jax.bases import check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import check_fit
@@ -63,14 +62,6 @@ def sites_of(
             raise ValueError(f"{trees.shown(path)}: {error}") from None
         sites.append(found[0])
     return sites
-
-
-def sites_by_name(variables: trees.Tree, config: named.Configs) -> Iterator[tuple[str, Site]]:
-    """(name of the adapter, site) of each site, as far as shapes tell; "" for one config alone."""
-    for name, one in named.by_name(config).items():
-        of_one = {**variables, "randlora": named.scales_of(variables, name)}
-        for site in sites_of(of_one, one, guess=True):
-            yield name, site
 
 
 def scale_pairs(scales: trees.Tree) -> Iterator[tuple[trees.Path, tuple[Any, Any]]]:

@@ -181,10 +181,10 @@ def test_initialising_outside_jit_gives_what_adapting_gives():
     assert_same_bits(variables, case.model.adapt(expected, X))
 
 
-def test_scales_have_the_axis_name_of_the_side_they_scale():
+def test_scales_are_in_boxes_as_their_kernels_and_whole():
     case = CASES["boxed kernels"]
     names = lambda layer, scale: case.variables["randlora"][layer][f"randlora_{scale}"].names
-    assert names("up", "gamma") == names("down", "gamma") == (None, "embed")
+    assert names("up", "gamma") == names("down", "gamma") == (None, None)
     assert names("up", "lambda") == names("down", "lambda") == (None, None)
     boxes = {k: type(v["randlora_gamma"]) for k, v in case.variables["randlora"].items()}
     assert boxes == {"up": nn.Partitioned, "down": nn.LogicallyPartitioned}
@@ -194,8 +194,8 @@ def test_scales_of_a_stack_have_the_name_of_its_axis_too():
     specs = nn.get_partition_spec(CASES["boxed kernels in a scan"].variables["randlora"])
     inner = specs["layers"]["inner"]
     for layer in ("up", "down"):
-        assert inner[layer]["randlora_gamma"] == jax.P("layers", None, "embed")
-        assert inner[layer]["randlora_lambda"] == jax.P("layers", None, None)
+        for scale in ("gamma", "lambda"):
+            assert inner[layer][f"randlora_{scale}"] == jax.P("layers", None, None)
 
 
 def test_boxes_can_be_taken_off():

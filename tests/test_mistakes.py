@@ -205,5 +205,5 @@ def test_data_axes_are_those_of_the_mesh():
     adapted = linen(config)
     with pytest.raises(ValueError, match=r"data_axes: 'dta' is no axis of the mesh"):
         rl.sharding(adapted, config, mesh, data_axes=["dta"])
-    with pytest.raises(TypeError, match="must be a list of names, got 'data'"):
+    with pytest.raises(TypeError, match=r"must be a list of names, as in \['data'\], got 'data'"):
         rl.sharding(adapted, config, mesh, data_axes="data")
