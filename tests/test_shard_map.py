@@ -13,7 +13,7 @@ from randlora_jax import nnx as rx
 from randlora_jax.linen import RandLora
 from tests.compiling import shipped_jit
 from tests.linen_cases import assert_close, normal, randomised
-from tests.test_communication import exchanged
+from tests.pods import exchanged
 
 CONFIG = rl.RandLoraConfig(r=4, randlora_alpha=4.0, target_modules="all-linear")
 X = normal(0, 16, 5, 12)
