@@ -18,7 +18,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Axes, Told, mesh_axes
-from randlora_jax.sharding import sites_by_name, spec_in
+from randlora_jax.sharding import padded, sites_by_name, spec_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
                 f"{path!r} is on another mesh than the batch, {own.mesh} and not {placed.mesh}: "
                 "put both on one"
             )
-        layer, _ = site.stack.split(tuple(spec_in(site.kernel_path, box, mesh, None)))
+        spec = spec_in(site.kernel_path, box, mesh, None)
+        layer, _ = site.stack.split(padded(spec, array.ndim))
         kernels[site.path] = tuple(map(mesh_axes, layer))
     return Layout(mesh, tuple(map(mesh_axes, placed.spec)), tuple(kernels.items()))
 

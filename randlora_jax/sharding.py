@@ -81,7 +81,8 @@ def sharding(
     shapes = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables)}
     specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     for name, site in sites_by_name(variables, config):
-        names = tuple(specs["params", *site.kernel_path])
+        kernel = ("params", *site.kernel_path)
+        names = padded(specs[kernel], len(shapes[kernel]))
         for scale, axes in site.scale_axes(names, followed(data_axes)).items():
             path = ("randlora", *([name] if name else []), *site.path, scale)
             more, shape = zero_axes if scale == GAMMA else (), shapes[path]
@@ -141,10 +142,14 @@ def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
-    """What an array's axes are divided by, if it is on a mesh."""
+    """What each of an array's axes is divided by, if it is on a mesh."""
     kind = getattr(array, "sharding", None)
-    spec = tuple(kind.spec) if isinstance(kind, NamedSharding) else ()
-    return (*spec, *[None] * (array.ndim - len(spec)))
+    return padded(kind.spec if isinstance(kind, NamedSharding) else P(), array.ndim)
+
+
+def padded(spec: P, ndim: int) -> tuple[Any, ...]:
+    """The entries of a spec, of which the last may be left out."""
+    return (*spec, *[None] * (ndim - len(spec)))
 
 
 def spec_in(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules | None) -> P:
@@ -154,7 +159,8 @@ def spec_in(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules
       ValueError: for a box's name that is no axis of the mesh.
     """
     if not isinstance(leaf, nn.Partitioned):
-        return P(*spec_of(leaf))
+        kind = getattr(leaf, "sharding", None)
+        return kind.spec if isinstance(kind, NamedSharding) else P()
     spec: Any = leaf.get_partition_spec()
     if isinstance(leaf, nn.LogicallyPartitioned):  # the names in other boxes are the mesh's own
         known = rules if rules is not None else leaf.rules or nn.get_logical_axis_rules()
@@ -166,8 +172,7 @@ def spec_in(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules
                 f"{mesh.axis_names}: give rules=[({axis!r}, {mesh.axis_names[0]!r}), ...], with "
                 "None for an axis that is not divided"
             )
-    entries = tuple(spec or ())
-    return P(*entries, *[None] * (trees.unboxed(leaf).ndim - len(entries)))
+    return spec or P()
 
 
 def state_sharding(state: Any, mesh: Mesh | AbstractMesh) -> Any:
