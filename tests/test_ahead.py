@@ -91,7 +91,7 @@ def test_a_symbol_is_computed_in_the_way_that_is_bounded():
 def test_a_mesh_that_is_not_there(arrays, front_end):
     """For a TPU that this machine has not: every layer is divided, by no callback."""
     there, variables, x = arrays
-    mesh = AbstractMesh(there.axis_sizes, there.axis_names)
+    mesh = AbstractMesh(there.axis_sizes, there.axis_names, axis_types=there.axis_types)
     abstract = lambda a: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
     )
