@@ -7,40 +7,34 @@ program with callbacks can't be exported, serialised or found in a compilation c
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
-from randlora_jax.ops.division import Axes, Told, mesh_axes
+from randlora_jax.ops.division import Told, mesh_axes
 from randlora_jax.sharding import padded, sites_by_name, spec_in
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The axes of a mesh that divide a batch and the kernels.
+    """What is told of each adapted kernel, as one layer has it, by the path of its scales."""
 
-    Attributes:
-      tokens: for each axis of the batch.
-      kernels: for each axis of a kernel, as one layer has it, by the path of its scales.
-    """
-
-    mesh: Mesh | AbstractMesh
-    tokens: tuple[Axes, ...]
-    kernels: tuple[tuple[trees.Path, tuple[Axes, ...]], ...]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.mesh.abstract_mesh, self.tokens, self.kernels)  # as in `Told`
+    layers: tuple[tuple[trees.Path, Told], ...]
 
     def told(self, path: trees.Path) -> Told | None:
         """What is told of the layer whose scales are at the path."""
-        axes = dict(self.kernels).get(path)
-        return None if axes is None else Told(self.mesh, self.tokens, axes)
+        return self._by_path.get(path)
+
+    @functools.cached_property
+    def _by_path(self) -> dict[trees.Path, Told]:
+        return dict(self.layers)
 
 
 def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layout:
@@ -60,8 +54,8 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
             f"batch is on no mesh, but {_where(batch)}: outside of jax.jit, give one as the model "
             "gets it, or its sharding, NamedSharding(mesh, PartitionSpec('data'))"
         )
-    mesh = placed.mesh
-    kernels = {}
+    mesh, tokens = placed.mesh, tuple(map(mesh_axes, placed.spec))
+    layers = {}
     for _, site in sites_by_name(variables, config):
         box = trees.get(variables["params"], site.kernel_path)
         array, path = trees.unboxed(box), trees.dotted(site.kernel_path)
@@ -78,8 +72,8 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
             )
         spec = spec_in(site.kernel_path, box, mesh, None)
         layer, _ = site.stack.split(padded(spec, array.ndim))
-        kernels[site.path] = tuple(map(mesh_axes, layer))
-    return Layout(mesh, tuple(map(mesh_axes, placed.spec)), tuple(kernels.items()))
+        layers[site.path] = Told(mesh, tokens, tuple(map(mesh_axes, layer)))
+    return Layout(tuple(layers.items()))
 
 
 def _where(array: Any) -> str:

@@ -179,7 +179,7 @@ def test_names_of_a_plain_box_are_axes_of_the_mesh():
     found = rl.sharding(boxed, CONFIG, mesh(), rules=RULES)
     assert found["params"]["kernel"].spec == P("data", "model")
     layout = model.with_layout(boxed, NamedSharding(mesh(), P("data"))).layout
-    assert dict(layout.kernels)[()] == (("data",), ("model",))
+    assert layout.told(()).kernel == (("data",), ("model",))
 
 
 def test_what_is_loaded_is_on_the_mesh_and_divided_as_before(tmp_path):

@@ -275,7 +275,7 @@ class RandLora(nn.Module):
           >>> model = RandLora(nn.Dense(3), RandLoraConfig(r=2, target_modules="all-linear"))
           >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
           >>> told = model.with_layout(variables, NamedSharding(mesh, PartitionSpec("data")))
-          >>> told.layout.tokens
+          >>> told.layout.told(()).tokens
           (('data',),)
         """
         return self.clone(layout=layout_of(variables, self.config, batch))

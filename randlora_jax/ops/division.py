@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
 Axes = tuple[str, ...]  # axes of a mesh
 
-
 _MAPPED = "v"  # how the names of factors begin that `jax.vmap` adds
 
 
@@ -63,11 +62,10 @@ class Division:
     """How the dimensions of operands and results belong together.
 
     Attributes:
-      operands, results: (name, part) of each array. Where operands disagree on a factor's axes,
-        the first operand is followed.
+      operands, results: (name, part) of each array.
       first: factors that have an axis rather than others that have it as often.
-      told: the axes of factors as somebody says them, where two say the same axis the first.
       undivided: factors that are never divided.
+      told: the axes of factors as somebody says them, where two say the same axis the first.
     """
 
     operands: tuple[tuple[str, Part], ...]
@@ -101,10 +99,10 @@ class Division:
         parts = [part for _, part in (*self.operands, *self.results)]
         for part, shape, spec in zip(parts, shapes, specs, strict=False):
             for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
+                some = tuple(axis for axis in mesh_axes(entry) if sizes[axis] > 1)
                 length[factor] = size
-                entries.setdefault(factor, []).append(mesh_axes(entry))
-                some = () if factor in self.undivided else mesh_axes(entry)
-                for axis in (axis for axis in some if sizes[axis] > 1):
+                entries.setdefault(factor, []).append(some)
+                for axis in () if factor in self.undivided else some:
                     of_axis = held.setdefault(axis, {})
                     of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
 

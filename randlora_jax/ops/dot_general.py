@@ -160,7 +160,6 @@ _product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnu
 _product.defvjp(_forward, _backward)
 
 
-# Layers that are alike are traced once, and calls that are not traced are compiled.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _product_of(spec: Spec, contract: tuple[int, ...], operands: Any) -> jax.Array:
     """`_product` of operands as a layer has them, x contracted along any axes.
@@ -251,11 +250,8 @@ class RandLoraDotGeneral:
         tokens = math.prod(x.shape) // features[0]
         m = math.prod(self.scales[0][0].shape)
         cost = lambda merge: sum(product_flops(tokens, *features, m, merge, merge))
-        if self.strategy == "auto" and not isinstance(tokens, int):
-            return True
-        return self.strategy == "factored" or (
-            self.strategy == "auto" and cost(merge=False) < cost(merge=True)
-        )
+        cheaper = not isinstance(tokens, int) or cost(merge=False) < cost(merge=True)
+        return self.strategy == "factored" or (self.strategy == "auto" and cheaper)
 
     def _product(
         self, x, contract, kernel_shape, precision, kernel,

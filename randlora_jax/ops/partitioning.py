@@ -103,9 +103,7 @@ def divided_like(value: jax.Array, other: jax.Array) -> jax.Array:
 def _told_by_user(function, division: Division, mesh, operands):
     current = jax.sharding.get_abstract_mesh()
     elsewhere = isinstance(mesh, AbstractMesh) if current.empty else current.shape != mesh.shape
-    if (
-        elsewhere
-    ):  # it is told of another mesh, or of one that nobody has here: the compiler may see
+    if elsewhere:  # it is told of another mesh, or of one that is not there: the compiler may see
         return division.in_order(function)(*operands)
     mesh = mesh if current.empty else current
     by_hand = set(current.manual_axes)  # a `jax.shard_map` around us has divided along them
