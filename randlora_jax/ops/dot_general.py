@@ -28,6 +28,7 @@ from randlora_jax.ops.products import (
     KernelGradient,
     accumulation_dtype,
     factors,
+    pass_of,
 )
 from randlora_jax.ops.spec import Spec
 
@@ -122,14 +123,15 @@ def prepare_scales(bases: Bases, scales: Scales, scaling: float) -> Scales:
 
 def _forward(spec, operands):
     sliced, division = _sliced(spec, operands), spec.division(backward=False)
-    result = per_device(Forward(spec), division, sliced, spec.mesh)
+    result = per_device(pass_of(Forward, spec), division, sliced, spec.mesh)
     return result["y"], operands
 
 
 def _backward(spec, operands, dy):
     x, kernel = operands["x"], operands.get("kernel")
     both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
-    found = per_device(Backward(spec), spec.division(backward=True), both, spec.mesh)
+    division = spec.division(backward=True)
+    found = per_device(pass_of(Backward, spec), division, both, spec.mesh)
     gradients = {
         "x": divided_like(found["dx"], x),
         "lam": divided_like(found["d_lam"], operands["lam"]),

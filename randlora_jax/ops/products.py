@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,16 +97,6 @@ class Pass:
         dims = ((tuple(a_axes), tuple(b_axes)), ((), ()))
         return lax.dot_general(a, b, dims, self.spec.precision, dtype)
 
-    def dropped(self, x: Array, keep: Array, rate: float) -> Array:
-        """What the dropout of one adapter leaves of x, or of its gradient."""
-        return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)) if rate < 1 else x * keep
-
-    def of_each(self, lam: Array, gamma: Array) -> list[tuple[Self, Array, Array]]:
-        """This pass without the kernel, and the scales, for each adapter."""
-        alone = dataclasses.replace(self.spec, plus_kernel=False, rates=())
-        pairs = zip(jnp.split(lam, len(lam)), jnp.split(gamma, len(gamma)), strict=True)
-        return [(dataclasses.replace(self, spec=alone), *pair) for pair in pairs]
-
     def factors(
         self, x: Array, latest: Array, A: Array, V: Array, lam: Array, gamma: Array
     ) -> tuple[Array, Array, Shape, Shape, tuple[bool, bool]]:
@@ -142,26 +132,10 @@ class Forward(Pass):
     """Gives y."""
 
     def __call__(
-        self,
-        x: Array,
-        A: Array,
-        V: Array,
-        lam: Array,
-        gamma: Array,
-        kernel: Array | None = None,
-        keep: Array | None = None,
+        self, x: Array, A: Array, V: Array, lam: Array, gamma: Array, kernel: Array | None = None
     ) -> Arrays:
         """The result, of operands by name."""
         spec = self.spec
-        if keep is not None:
-            found = [
-                each(self.dropped(x, keep[i], spec.rates[i]), A, V, *scales)["y"]
-                for i, (each, *scales) in enumerate(self.of_each(lam, gamma))
-            ]
-            if kernel is not None:
-                inputs = range(spec.token_axes, x.ndim), range(x.ndim - spec.token_axes)
-                found.insert(0, self.dot(x, kernel, *inputs, spec.preferred))
-            return {"y": functools.reduce(jnp.add, found)}
         left, right, ins, outs, (merge, _) = self.factors(x, x, A, V, lam, gamma)
         inputs = range(spec.token_axes, x.ndim), range(len(ins))
         if merge:
@@ -186,11 +160,8 @@ class Backward(Pass):
         lam: Array,
         gamma: Array,
         kernel: Array | None = None,
-        keep: Array | None = None,
     ) -> Arrays:
         """The results, of operands by name."""
-        if keep is not None:
-            return self._dropped(x, dy, A, V, lam, gamma, kernel, keep)
         left, right, ins, outs, (_, merge) = self.factors(x, dy, A, V, lam, gamma)
         dtype = accumulation_dtype(x.dtype)
         tokens = range(self.spec.token_axes)
@@ -218,18 +189,53 @@ class Backward(Pass):
         d_lam, d_gamma = _scale_gradients(A.reshape(A.shape[0], -1), lam, flat, dU)
         return {"dx": dx, "d_lam": d_lam, "d_gamma": d_gamma.reshape(gamma.shape)}
 
-    def _dropped(self, x, dy, A, V, lam, gamma, kernel, keep) -> Arrays:
-        rates, dx, gradients = self.spec.rates, [], []
-        for i, (each, *scales) in enumerate(self.of_each(lam, gamma)):
-            found = each(self.dropped(x, keep[i], rates[i]), dy, A, V, *scales)
-            dx.append(self.dropped(found["dx"], keep[i], rates[i]))
-            gradients.append((found["d_lam"], found["d_gamma"]))
-        if kernel is not None:
-            ins = x.ndim - self.spec.token_axes
-            outputs = range(self.spec.token_axes, dy.ndim), range(ins, kernel.ndim)
-            dx.insert(0, self.dot(dy, kernel, *outputs, x.dtype))
-        d_lam, d_gamma = (jnp.concatenate(each) for each in zip(*gradients, strict=True))
-        return {"dx": functools.reduce(jnp.add, dx), "d_lam": d_lam, "d_gamma": d_gamma}
+
+@dataclasses.dataclass(frozen=True)
+class Dropped(Pass):
+    """A pass in which each adapter's input is what its dropout keeps of x; the kernel's is x."""
+
+    of: type[Forward] | type[Backward]
+
+    def __call__(
+        self,
+        x: Array,
+        keep: Array,
+        lam: Array,
+        gamma: Array,
+        kernel: Array | None = None,
+        **others: Array,
+    ) -> Arrays:
+        """The results, of operands by name."""
+        spec = self.spec
+        alone = self.of(dataclasses.replace(spec, plus_kernel=False, rates=()))
+        found: dict[str, list[Array]] = {}
+        if kernel is not None and "dy" in others:
+            dy, ins = others["dy"], x.ndim - spec.token_axes
+            outputs = range(spec.token_axes, dy.ndim), range(ins, kernel.ndim)
+            found["dx"] = [self.dot(dy, kernel, *outputs, x.dtype)]
+        elif kernel is not None:
+            inputs = range(spec.token_axes, x.ndim), range(x.ndim - spec.token_axes)
+            found["y"] = [self.dot(x, kernel, *inputs, spec.preferred)]
+        for i, rate in enumerate(spec.rates):
+            left = functools.partial(_kept, keep=keep[i], rate=rate)
+            part = alone(x=left(x), lam=lam[i : i + 1], gamma=gamma[i : i + 1], **others)
+            for name, value in part.items():
+                found.setdefault(name, []).append(left(value) if name == "dx" else value)
+        scales = ("d_lam", "d_gamma")
+        return {
+            name: jnp.concatenate(each) if name in scales else functools.reduce(jnp.add, each)
+            for name, each in found.items()
+        }
+
+
+def _kept(x: Array, keep: Array, rate: float) -> Array:
+    """What the dropout of one adapter leaves of x, or of its gradient."""
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)) if rate < 1 else x * keep
+
+
+def pass_of(kind: type[Forward] | type[Backward], spec: Spec) -> Forward | Backward | Dropped:
+    """The pass of a kind, with dropout if the call has it."""
+    return Dropped(spec, kind) if spec.rates else kind(spec)
 
 
 class KernelGradient(Pass):
