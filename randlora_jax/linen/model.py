@@ -12,29 +12,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import unfreeze
 from flax.core.scope import CollectionFilter
 from flax.typing import PRNGKey, RNGSequences
 from jax.typing import DTypeLike
 
 from randlora_jax import merging, trees
 from randlora_jax.adapters import named
-from randlora_jax.checks import check_config, check_variables
+from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.initial import initial_values
 from randlora_jax.layout import Layout, layout_of
-from randlora_jax.left_out import warn_of_left_out
+from randlora_jax.linen.adapting import ADDED, adapted_variables, base_of, interceptor_of
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
-from randlora_jax.linen.layers import Interceptor
-from randlora_jax.linen.scales import boxed
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import Site, is_scale
 
 Method = Callable[..., Any] | str | None
 
-_ADDED = ("randlora", "randlora_bases")
 _ALL = nn.DenyList("intermediates")  # what init returns, as in Flax
 
 
@@ -120,8 +114,10 @@ class RandLora(nn.Module):
         call = unbound(self.base, method)
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}
-        interceptor, kwargs = self._interceptor(call, variables, args, options, outer.get("rngs"))
-        inside = _base_of(variables) | {"params": interceptor.params(variables)}
+        interceptor, kwargs = interceptor_of(
+            self, call, variables, args, options, outer.get("rngs")
+        )
+        inside = base_of(variables) | {"params": interceptor.params(variables)}
         with nn.intercept_methods(interceptor):
             run = interceptor.calls.marked(call)
             result = self.base.apply(inside, *args, method=run, mutable=mutable, **outer, **kwargs)
@@ -156,10 +152,10 @@ class RandLora(nn.Module):
         if scope is not None and self.is_initializing():
             _, known = deterministic_of(call, args, kwargs)
             y = call(self.base, *args, **known)
-            missing = [collection for collection in _ADDED if collection not in self.variables]
+            missing = [collection for collection in ADDED if collection not in self.variables]
             if missing:
                 outside = self.clone(parent=None, base=self.base.clone(parent=None))
-                added = outside.adapt(_base_of(self.base.variables), *args, **kwargs)
+                added = outside.adapt(base_of(self.base.variables), *args, **kwargs)
                 for collection in missing:
                     for name, value in added[collection].items():
                         scope.put_variable(collection, name, value)
@@ -167,7 +163,7 @@ class RandLora(nn.Module):
                 return y
             kwargs = {"deterministic": True, **kwargs}
         rngs = scope.rngs if scope is not None else None
-        interceptor, kwargs = self._interceptor(call, self.variables, args, kwargs, rngs)
+        interceptor, kwargs = interceptor_of(self, call, self.variables, args, kwargs, rngs)
         interceptor.depth = len(self.base.path)
 
         def adapted(base, *args, **kwargs):
@@ -205,24 +201,7 @@ class RandLora(nn.Module):
           ValueError: for targets that match nothing or nothing linear, for parameters that are
             not the base's, and for variables that have an adapter already.
         """
-        check_variables(variables, "params")
-        variables = unfreeze(dict(variables))
-        if "randlora" in variables:
-            raise ValueError(
-                "variables has an adapter already, which adapt would set to its start: "
-                "adapt({'params': variables['params']}, x) makes a new one, and "
-                "rl.adapters.insert adds one to it"
-            )
-        configs = named.by_name(self.config)
-        given = variables, args, kwargs, method, rngs
-        found = {n: discover(self.base, c, self.parameters, *given) for n, c in configs.items()}
-        sites = {name: of_one for name, (of_one, _) in found.items()}
-        _, seen = next(iter(found.values()))
-        warn_of_left_out(seen, sites, configs, stacklevel=3)
-        scales, bases = initial_values(configs, sites, self.bases_dtype)
-        scales, bases = whole_beside(variables["params"], (scales, bases))
-        by_name = {name: boxed(scales[name], sites[name], variables) for name in configs}
-        return {**variables, "randlora": named.together(by_name), "randlora_bases": bases}
+        return adapted_variables(self, variables, args, kwargs, method, rngs)
 
     @nn.nowrap
     def merge(
@@ -245,7 +224,7 @@ class RandLora(nn.Module):
         active = named.active(self.config, self.active)
         known: dict[trees.Path, Site] = {}
         for config in active.values() if args or kwargs else ():
-            base = _base_of(variables)
+            base = base_of(variables)
             seen, _ = discover(self.base, config, self.parameters, base, args, kwargs)
             known |= {site.path: site for site in seen}
         return merging.merge_adapters(variables, self.config, active, known, safe=safe)
@@ -283,29 +262,3 @@ class RandLora(nn.Module):
     @property
     def _starts_at_zero(self) -> bool:
         return all(config.init_weights for config in named.by_name(self.config).values())
-
-    @nn.nowrap
-    def _interceptor(
-        self, call, variables, args, kwargs, rngs
-    ) -> tuple[Interceptor, dict[str, Any]]:
-        """What adapts the layers in a call; the base's keywords."""
-        active = named.active(self.config, self.active)
-        given, kwargs = deterministic_of(call, args, kwargs)
-        given = self.deterministic if given is None else given
-        if active:
-            check_variables(variables, "params", "randlora", "randlora_bases")
-        rate = max((config.randlora_dropout for config in active.values()), default=0)
-        if rate and given is None:
-            raise ValueError(
-                f"randlora_dropout={rate} needs deterministic=True or False, in the call or in "
-                "RandLora(..., deterministic=...)"
-            )
-        bases = dict(variables.get("randlora_bases", {}))
-        off = rate == 0 or bool(given)
-        key = rngs.get("dropout", rngs.get("params")) if isinstance(rngs, Mapping) else rngs
-        given = active, self.parameters, bases, off, self.strategy, self.layout, key
-        return Interceptor(*given), kwargs
-
-
-def _base_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tree for name, tree in variables.items() if name not in _ADDED}
