@@ -1,5 +1,7 @@
 """Models of billions of parameters: adapted as shapes alone, and the size of their checkpoints."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import smollm2
 import randlora_jax as rl
 from randlora_jax import trees
 from randlora_jax.linen import RandLora
+from randlora_jax.sites import Kernel
 
 LLAMA_3_8B = smollm2.LlamaConfig(
     vocab_size=128256, hidden_size=4096, ffn_size=14336, layers=32, heads=32, kv_heads=8
@@ -41,6 +44,15 @@ def test_adapting_llama_3_8b_allocates_nothing_and_draws_one_pair_of_bases():
     # Seven layers, two of 1024, five of 4096 on their smaller side; times 32.
     each = 2 * (32 * 32 + 32 * 1024) + 5 * (32 * 128 + 128 * 4096)
     assert f"{32 * each:,} of " in rl.summary(variables, config, tokens=4096)
+
+
+@pytest.mark.parametrize("r, gibibytes", [(32, 9.5), (512, 0.6)])
+def test_what_the_training_of_70b_keeps_on_each_device(r, gibibytes):
+    """As in README: the scales and Adam's two moments, of all linear layers, in float32."""
+    kernels = {(8192, 8192): 2, (8192, 1024): 2, (8192, 28672): 2, (28672, 8192): 1}
+    sizes = lambda kernel: (math.prod(shape) for shape in Kernel(kernel).scale_shapes(r))
+    scales = 80 * sum(count * sum(sizes(kernel)) for kernel, count in kernels.items())
+    assert round(3 * 4 * scales / 2**30, 1) == gibibytes
 
 
 @pytest.mark.parametrize("keep, megabytes", [(False, 38), (True, 57)], ids=["seed", "bfloat16"])

@@ -26,10 +26,10 @@ EXACT = ("data", "fsdp", "tensor", "2x2x2", "tokens", "residual", "hidden")
 
 
 @functools.cache
-def of_base(name):
+def of_base(name, dtype=jnp.float32):
     layout = pods.LAYOUTS[name]
     mesh, net = layout.devices(), pods.Net(layout)
-    params, x = pods.placed_params(layout, mesh), pods.batch(layout, mesh)
+    params, x = pods.placed_params(layout, mesh, dtype=dtype), pods.batch(layout, mesh, dtype)
     step = jax.value_and_grad(lambda x, params: pods.loss(net.apply({"params": params}, x)))
     with jax.set_mesh(mesh):
         return pods.exchanged(shipped_jit(step).lower(x, params).compile())
@@ -78,6 +78,7 @@ def test_devices_exchange_the_scales_gradients_alone(name, told):
 VARIANTS = {
     "dropout": {"config": CONFIG.replace(randlora_dropout=0.1), "deterministic": False},
     "int8 bases": {"config": CONFIG.replace(sparse=True)},
+    "bfloat16": {"bases_dtype": jnp.bfloat16},
     "two adapters": {"config": {"a": CONFIG, "b": CONFIG.replace(randlora_alpha=4)}},
     "factored": {"strategy": "factored"},
     "merged": {"strategy": "merged"},
@@ -90,10 +91,13 @@ VARIANTS = {
 def test_so_do_they_in_other_ways_of_training(name, variant, told):
     layout = pods.LAYOUTS[name]
     mesh = layout.devices()
-    params, x = pods.placed_params(layout, mesh), pods.batch(layout, mesh)
     options = {"config": CONFIG, **VARIANTS[variant]}
-    compiled, scales = linen_step(layout, mesh, params, x, told=told, **options)
-    assert_only_scales(pods.exchanged(compiled), of_base(name), scales, name)
+    dtype = options.get("bases_dtype", jnp.float32)
+    params, x = pods.placed_params(layout, mesh, dtype=dtype), pods.batch(layout, mesh, dtype)
+    with jax.numpy_dtype_promotion("standard" if dtype == jnp.bfloat16 else "strict"):  # RMSNorm
+        compiled, scales = linen_step(layout, mesh, params, x, told=told, **options)
+        base = of_base(name, dtype)
+    assert_only_scales(pods.exchanged(compiled), base, scales, name)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["by the compiler", "by the user"])
