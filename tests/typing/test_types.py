@@ -20,7 +20,7 @@ def folder(tmp_path):
     scripts = {"linen": [], "nnx": []}
     for _, code in test_readme.blocks():
         scripts["nnx" if test_readme.is_of_nnx(code) else "linen"].append(code)
-    assert len(scripts["linen"]) == 7 and len(scripts["nnx"]) == 2
+    assert min(len(parts) for parts in scripts.values()) > 1
     for name, parts in scripts.items():
         names = (SNIPPETS / f"{name}_names.py").read_text()
         (tmp_path / f"readme_{name}.py").write_text("\n".join([names, *parts]))

@@ -3,8 +3,10 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import randlora_jax as rl
 
@@ -22,3 +24,11 @@ model, another_model = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
 config = rl.RandLoraConfig(r=32, target_modules=["q_proj", "v_proj"])
 learning_rate = optax.constant_schedule(1e-2)
 path, folder = pathlib.Path("adapter"), pathlib.Path("steps")
+
+
+mesh = jax.make_mesh((4, 2), ("data", "model"))
+batch = jnp.ones((8, 8))
+
+
+def put(array: jax.Array, *axes: str) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
