@@ -97,6 +97,18 @@ def test_jit_grad_and_remat_agree_with_the_merged_model(name, graph):
         assert_close(leaves(grads), by_split, 2e-5)
 
 
+def test_tree_mode_may_be_the_first_to_trace_a_method_of_graph_mode():
+    class Model(MLP):
+        @nnx.jit
+        def __call__(self, x):
+            return super().__call__(x)
+
+    model = trained(Model(rngs=nnx.Rngs(0)))
+    with nnx.set_graph_mode(False):
+        y = model(x())
+    assert_close(np.asarray(y), np.asarray(merge(model)(x())), 2e-5)
+
+
 def test_gradients_without_jit():
     model = trained(Stack(rngs=nnx.Rngs(0)))
     wrt = nnx.DiffState(0, RandLoraParam)

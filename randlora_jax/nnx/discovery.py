@@ -72,7 +72,8 @@ def original_class(module: Any) -> Any:
 
 def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
     """A model's modules by path, less what holds scales; the third of a list is "2"."""
-    found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    # Graph mode, whichever is set: what `nnx.jit` lends to the layers of its method they share.
+    found = {tuple(map(str, path)): module for path, module in nnx.iter_modules(model, graph=True)}
     adapted = (
         (p, vars(m)["randlora_layer"]) for p, m in found.items() if "randlora_layer" in vars(m)
     )
@@ -82,7 +83,7 @@ def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
 
 def variables_of(model: nnx.Module, kind: Any = nnx.Variable) -> dict[trees.Path, Any]:
     """A model's own variables of a kind by path, those in dictionaries of its modules too."""
-    nodes = ((tuple(map(str, path)), node) for path, node in nnx.iter_graph(model))
+    nodes = ((tuple(map(str, path)), node) for path, node in nnx.iter_graph(model, graph=True))
     found = {path: node for path, node in nodes if isinstance(node, kind)}
     return {p: v for p, v in found.items() if not any(n.startswith("randlora_") for n in p)}
 

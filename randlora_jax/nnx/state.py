@@ -168,7 +168,7 @@ def base_variables(model: nnx.Module) -> dict[str, Any]:
 def set_params(model: nnx.Module, params: trees.Tree) -> None:
     """Sets those of a model's parameters that are others than now."""
     new = dict(trees.items(params))
-    for path, variable in nnx.iter_graph(model):
+    for path, variable in nnx.iter_graph(model, graph=True):
         value = new.get(tuple(map(str, path))) if isinstance(variable, nnx.Param) else None
         if value is not None and value is not variable.get_value():
             variable.set_value(value)
