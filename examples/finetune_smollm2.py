@@ -125,7 +125,9 @@ def main(argv=None):
     params = meshes.divide(params, mesh)
     model, base = RandLora(llama, config), Chat(llama, tokenizer)
     variables = model.adapt({"params": params}, jnp.zeros((1, 8), jnp.int32))
-    variables = meshes.put(variables, mesh)
+    if mesh is not None:
+        tokens = jnp.zeros((run.batch_size, run.seq_len), jnp.int32)
+        model = model.with_layout(variables, meshes.put(tokens, mesh, "data"))
     a_device = run.batch_size * run.seq_len // (mesh.shape["data"] if mesh else 1)
     print(rl.summary(variables, config, tokens=a_device))
     tests = dialogues.held_out_batches(held_out, tokenizer, 8, run.seq_len)
