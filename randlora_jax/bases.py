@@ -35,13 +35,26 @@ def check_rank(config: RandLoraConfig, bases: Mapping[str, Any]) -> None:
 
 
 def shared_dims(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """(max_dim, min_dim) of the bases that serve all layers of the (in, out) `shapes`.
+    """(max_dim, min_dim) that PEFT gives the bases of layers of the (in, out) `shapes`.
 
-    The elementwise largest shape first, then the larger and the smaller of its two sides, as
-    PEFT does it: (20, 100) and (50, 80) need (100, 50).
+    The elementwise largest shape first, then the larger and the smaller of its two sides:
+    (20, 100) and (50, 80) get (100, 50), and (20, 100) and (100, 20) get (100, 100).
     """
     sides = [max(side) for side in zip(*shapes, strict=True)]
     return max(sides), min(sides)
+
+
+def read_dims(config: RandLoraConfig, shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(max_dim, min_dim) to draw for layers of the (in, out) `shapes`: what they read.
+
+    That is the largest of their larger sides and of their smaller ones: (20, 100) and (100, 20)
+    read (100, 20) of what PEFT draws. With `very_sparse` it is `shared_dims`, by whose smaller
+    side PEFT gives all bases their density.
+    """
+    shapes = list(shapes)
+    if config.very_sparse:
+        return shared_dims(shapes)
+    return max(map(max, shapes)), max(map(min, shapes))
 
 
 def draw(
@@ -56,7 +69,7 @@ def draw(
 
     Args:
       config: `r`, `projection_prng_key`, `sparse` and `very_sparse` count.
-      max_dim, min_dim: as `shared_dims` gives them.
+      max_dim, min_dim: as `read_dims` gives them; or `shared_dims`, for PEFT.
       dtype: of dense bases, which are drawn in float32 and cast last.
 
     Returns:
@@ -92,6 +105,20 @@ def draw(
         "randlora_B": signs(uniform_b),
         "randlora_scale": jnp.full((2,), scale),
     }
+
+
+def resized(config: RandLoraConfig, bases: Mapping[str, Any], max_dim: int, min_dim: int) -> Bases:
+    """Bases of other sizes, for layers that read what both have: what is new is as drawn."""
+    A, B = bases["randlora_A"], bases["randlora_B"]
+    if (B.shape[0], A.shape[2]) == (max_dim, min_dim):
+        return dict(bases)
+    drawn = draw(config, max_dim, min_dim, jnp.float32 if A.dtype == jnp.int8 else A.dtype)
+
+    def put(old, new):
+        part = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+        return new.astype(old.dtype).at[part].set(old[part])
+
+    return {**bases, **{key: put(bases[key], drawn[key]) for key in ("randlora_A", "randlora_B")}}
 
 
 def joined(config: RandLoraConfig, ours: Bases, added: Bases) -> Bases:

@@ -81,7 +81,8 @@ def convert(adapter: AdapterFolder, target: str, names: str, overwrite: bool) ->
         variables, config, _ = from_peft(adapter.content, NAMES[names], None)
         checkpoint.save_adapter(target, {"params": {}, **variables}, config, overwrite=overwrite)
         return f"{target}: an adapter of {OURS}"
-    exported = to_peft({"params": {}, **adapter.content}, adapter.config, NAMES[names])
+    content, dims = {"params": {}, **adapter.content}, adapter.shared_dims
+    exported = to_peft(content, adapter.config, NAMES[names], shared_dims=dims)
     size = files.write(epath.Path(target), exported, overwrite)
     copies = readable(bases_lib.nbytes(exported.bases or {}) * len(exported.scales))
     return f"{target}: an adapter of PEFT, {readable(size)}, {copies} of it copies of the bases"

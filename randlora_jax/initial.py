@@ -19,10 +19,10 @@ def initial_values(
     configs: Mapping[str, RandLoraConfig], sites: Mapping[str, Sequence[Site]], dtype: DTypeLike
 ) -> tuple[dict[str, Scales], bases.Bases]:
     """The scales of each adapter, by path, and the bases of a dtype that serve all their sites."""
-    dims = bases.shared_dims(site.kernel.features for own in sites.values() for site in own)
     scales = {name: initial_scales(config, sites[name]) for name, config in configs.items()}
     first = next(iter(configs.values()))  # they agree on all that the bases depend on
-    return scales, bases.draw(first, *dims, dtype)
+    shapes = [site.kernel.features for own in sites.values() for site in own]
+    return scales, bases.draw(first, *bases.read_dims(first, shapes), dtype)
 
 
 def initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> Scales:

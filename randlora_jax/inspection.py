@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +31,7 @@ class AdapterFolder:
       bases: None where there is only a seed, and no base to tell their size.
       stored: whether the bases are in the files.
       content: as it was read.
+      shared_dims: the sizes that PEFT gives the bases, if others.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class AdapterFolder:
     bases: dict[str, Any] | None
     stored: bool
     content: Any
+    shared_dims: Sequence[int] | None = None
 
 
 def read_folder(path: str, adapter_name: str) -> AdapterFolder:
@@ -61,16 +64,17 @@ def _open_ours(folder: epath.Path) -> AdapterFolder:
     content, manifest = orbax_items.read_adapter(folder)
     config, bases = manifest.config, content["randlora_bases"]
     scales = {trees.dotted(path): pair for path, pair in scale_pairs(content["randlora"])}
-    return AdapterFolder(OURS, folder, config, scales, bases, manifest.holds_bases, content)
+    held, shared = manifest.holds_bases, manifest.bases.shared_dims
+    return AdapterFolder(OURS, folder, config, scales, bases, held, content, shared)
 
 
 def drawn_by(config: RandLoraConfig, bases: dict[str, Any]) -> str | None:
     """Which generator draws exactly these bases from the config's seed; None if none does."""
-    bases = dense_bases({"randlora_bases": bases})
+    bases = dense_bases(bases)
     A, B = (bases[name] for name in files.BASES)
     sizes = B.shape[0], A.shape[2]
     same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in files.BASES)
-    if same(dense_bases({"randlora_bases": bases_lib.draw(config, *sizes)})):
+    if same(dense_bases(bases_lib.draw(config, *sizes))):
         return f"jax, {bases_lib.GENERATOR}"
     drawn = torch_bases.draw(config, *sizes)
     for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):  # a base's dtype can round them

@@ -11,7 +11,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from randlora_jax import peft
+from randlora_jax.bases import resized, shared_dims
 from randlora_jax.peft import files
+from randlora_jax.stored import sites_of
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ADAPTERS = sorted(folder.name for folder in GOLDEN.glob("adapter_*"))
@@ -63,6 +65,13 @@ def rewrite(folder, change):
 def rewrite_config(folder, **changes):
     values = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(values | changes))
+
+
+def in_peft(variables, config):
+    """Adapted variables with bases of the sizes that PEFT gives them, as its files have them."""
+    features = [site.kernel.features for site in sites_of(variables, config, guess=True)]
+    bases = resized(config, variables["randlora_bases"], *shared_dims(features))
+    return {**variables, "randlora_bases": bases}
 
 
 def same_trees(one, other):

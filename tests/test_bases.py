@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from randlora_jax import RandLoraConfig, draw_bases
-from randlora_jax.bases import num_bases, shared_dims
+from randlora_jax.bases import num_bases, read_dims, resized, shared_dims
 from tests.compiling import shipped_jit
 
+SIZES = st.integers(1, 40)
 MODES = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 
 # sha256 of A and B for r=7, seed 11, max_dim 64, min_dim 33: another generator would break every
@@ -89,6 +92,31 @@ def test_bases_are_as_many_as_give_full_rank(min_dim, r, expected):
 def test_shared_dims_are_the_sides_of_the_elementwise_largest_shape(shapes, expected):
     assert shared_dims(shapes) == expected
     assert shared_dims(iter(reversed(shapes))) == expected
+
+
+@given(shapes=st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4))
+def test_what_is_drawn_is_what_layers_read_of_what_peft_has(shapes):
+    large, small = max(map(max, shapes)), max(map(min, shapes))
+    shared = shared_dims(shapes)
+    for mode, options in MODES.items():  # the density of the last is PEFT's
+        read = read_dims(RandLoraConfig(**options), iter(shapes))
+        assert read == (shared if mode == "very_sparse" else (large, small))
+    assert shared[0] == large and shared[1] >= small
+
+
+def test_bases_of_other_sizes_have_the_same_values(mode):
+    config = RandLoraConfig(r=7, projection_prng_key=11, **MODES[mode])
+    small, large = draw(mode), draw(mode, 70, 43)
+    filled, cut = resized(config, small, 70, 43), resized(config, large, 64, 33)
+    if mode == "very_sparse":  # drawn for another density
+        part = resized(config, filled, 64, 33)
+        assert hashes(part) == hashes(small)
+    else:
+        assert hashes(filled) == hashes(large) and hashes(cut) == hashes(small)
+    for got, expected in ((filled, large), (cut, small)):
+        assert {k: (v.dtype, v.shape) for k, v in got.items()} == {
+            k: (v.dtype, v.shape) for k, v in expected.items()
+        }
 
 
 @pytest.mark.parametrize("max_dim, min_dim, r", [(10, 6, 4), (64, 33, 7), (31, 5, 9), (12, 12, 1)])

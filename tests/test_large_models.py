@@ -10,6 +10,7 @@ import smollm2
 
 import randlora_jax as rl
 from randlora_jax import trees
+from randlora_jax.bases import nbytes
 from randlora_jax.linen import RandLora
 from randlora_jax.sites import Kernel
 
@@ -34,8 +35,9 @@ def test_adapting_llama_3_8b_allocates_nothing_and_draws_one_pair_of_bases():
     model, variables = shapes(LLAMA_3_8B, config)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(variables))
     sizes = {name: x.shape for name, x in variables["randlora_bases"].items()}
-    # As PEFT counts: the largest input by the largest output, which are of different layers.
-    assert sizes == {"randlora_A": (32, 1, 14336), "randlora_B": (14336, 448, 32)}
+    # What the layers read: PEFT has the largest input by the largest output, 14336 x 14336.
+    assert sizes == {"randlora_A": (32, 1, 4096), "randlora_B": (14336, 128, 32)}
+    assert round(nbytes(variables["randlora_bases"]) / 2**30, 2) == 0.22
     assert {path[-2] for path, _ in trees.items(variables["randlora"])} == {
         f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
     }

@@ -119,7 +119,7 @@ def test_a_scan_over_adapted_submodules_stacks_scales_and_shares_bases():
     )
     variables = lifted().init(KEY, X, None)
     assert variables["randlora"]["block"]["up"]["randlora_lambda"].shape == (3, R, 2)
-    assert variables["randlora_bases"]["block"]["randlora_B"].shape == (7, 3, R)
+    assert variables["randlora_bases"]["block"]["randlora_B"].shape == (7, 2, R)
 
 
 def test_a_model_in_the_nnx_bridge_computes_what_it_computes_in_linen():

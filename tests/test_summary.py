@@ -59,17 +59,17 @@ def test_parameters_are_counted_once(values, expected):
     assert row(describe(**values), "trainable parameters")[1] == expected
 
 
-# Largest (in, out) is (13, 13): A is (3, 1, 13) and B is (13, 5, 3), 39 + 195 = 234 numbers.
+# The largest sides are 13 and 7: A is (3, 1, 7) and B is (13, 3, 3), 21 + 117 = 138 numbers.
 @pytest.mark.parametrize(
-    "values, expected", [({}, "936 B"), ({"sparse": True}, "242 B"), ({"r": 20}, "2.08 kB")]
+    "values, expected", [({}, "552 B"), ({"sparse": True}, "146 B"), ({"r": 20}, "1.6 kB")]
 )
 def test_bases_are_counted_once_for_all_layers(values, expected):
-    # r = 20: A is (20, 1, 13) and B is (13, 1, 20), 520 numbers.
+    # r = 20: A is (20, 1, 7) and B is (13, 1, 20), 400 numbers.
     assert row(describe(**values), "bases")[1].startswith(expected + ",")
 
 
 def test_a_checkpoint_is_what_trains_and_the_bases():
-    assert row(describe(), "checkpoint")[1].startswith("1.12 kB")  # 46 * 4 + 936 bytes
+    assert row(describe(), "checkpoint")[1].startswith("736 B")  # 46 * 4 + 552 bytes
 
 
 def test_a_checkpoint_without_bases_is_what_trains():

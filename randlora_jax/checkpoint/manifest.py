@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from randlora_jax import trees
 from randlora_jax.checkpoint.fingerprints import check_dtypes, fingerprints, name_of, shape_of
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.sites import Site
 from randlora_jax.stored import sites_of
 from randlora_jax.training import split
 
@@ -41,6 +42,7 @@ class BasesRecord:
       generator: the name of the draw; see `bases.GENERATOR`.
       max_dim, min_dim, dtype: what it was called with.
       fingerprint: of each array.
+      shared_dims: the sizes that PEFT gives them, if others.
     """
 
     generator: str
@@ -48,12 +50,15 @@ class BasesRecord:
     min_dim: int
     dtype: str
     fingerprint: dict[str, str]
+    shared_dims: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, bases: bases_lib.Bases) -> BasesRecord:
+    def of(cls, bases: bases_lib.Bases, sites: Sequence[Site]) -> BasesRecord:
         A, B = bases["randlora_A"], bases["randlora_B"]
         sizes = B.shape[0], A.shape[2]
-        return cls(bases_lib.GENERATOR, *sizes, str(A.dtype), fingerprints(bases))
+        shared = bases_lib.shared_dims(site.kernel.features for site in sites) if sites else sizes
+        other = None if shared == sizes else shared
+        return cls(bases_lib.GENERATOR, *sizes, str(A.dtype), fingerprints(bases), other)
 
     def draw(
         self, config: RandLoraConfig, where: jax.sharding.Sharding | None = None
@@ -85,10 +90,11 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it, with a digest of itself."""
+        bases = {k: v for k, v in dataclasses.asdict(self.bases).items() if v is not None}
         described = {
             MARK: FORMAT,
             "config": self.config.to_dict(),
-            "bases": dataclasses.asdict(self.bases),
+            "bases": bases,
             "arrays": self.arrays,
         }
         return {**described, "digest": _digest(described)}
@@ -160,9 +166,9 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     arrays, bases = trees.unboxed(trainable), dict(variables["randlora_bases"])
     check_dtypes({**arrays, "randlora_bases": bases})
     bases_lib.check_rank(config, bases)
-    if variables.get("params"):  # what is written must be readable: so it is asked what load asks
-        sites_of(variables, config, guess=True)
-    record = BasesRecord.of(bases)
+    # What is written must be readable: so it is asked what load asks.
+    sites = sites_of(variables, config, guess=True) if variables.get("params") else []
+    record = BasesRecord.of(bases, sites)
     if config.save_projection:
         arrays["randlora_bases"] = bases
     elif record.draw(config) is None:

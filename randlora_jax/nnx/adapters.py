@@ -209,7 +209,7 @@ def _bases_for(model: nnx.Module, sites: Sequence[Site], config: RandLoraConfig)
     """A model's bases, if they are large enough for more sites, or larger ones."""
     own = bases_of(model)
     A, B = own["randlora_A"], own["randlora_B"]
-    needed = bases.shared_dims(site.kernel.features for site in sites)
+    needed = bases.read_dims(config, [site.kernel.features for site in sites])
     size = max(B.shape[0], needed[0]), max(A.shape[2], needed[1])
     if size == (B.shape[0], A.shape[2]):
         return own

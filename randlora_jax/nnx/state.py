@@ -13,15 +13,18 @@ from jax.sharding import NamedSharding
 
 from randlora_jax import training, trees
 from randlora_jax.adapters import named
+from randlora_jax.bases import check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.layers import RandLoraParam, has_scales, scales_of
 from randlora_jax.nnx.lending import (
     STRENGTH,
+    Arrays,
     RandLoraBasis,
     adapted_modules,
     bases_of,
     lend_again,
 )
+from randlora_jax.ops.dot_general import check_fit
 from randlora_jax.sites import SCALES, Stack, scale_name
 from randlora_jax.stacks import part_of_stack
 
@@ -62,11 +65,11 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
       values: like `variables(model)`; "params" can be left out, or have only those that change.
 
     Raises:
-      ValueError: if paths or shapes are others, before anything is changed.
+      ValueError: if paths or shapes are others, or bases too small, before anything is changed.
     """
     now, params = variables(model), values.get("params", {})
-    for collection in ("randlora", "randlora_bases"):
-        check_same(values[collection], now[collection])
+    check_same(values["randlora"], now["randlora"])
+    _check_bases(model, values["randlora_bases"])
     check_params(params, now["params"])
     set_params(model, params)
     for path, variable, stack in _scales(model):
@@ -172,6 +175,22 @@ def set_params(model: nnx.Module, params: trees.Tree) -> None:
         value = new.get(tuple(map(str, path))) if isinstance(variable, nnx.Param) else None
         if value is not None and value is not variable.get_value():
             variable.set_value(value)
+
+
+def _check_bases(model: nnx.Module, given: Arrays) -> None:
+    """Raises a ValueError for bases of another kind, or that a layer would read beyond."""
+    own = bases_of(model)
+    if given.keys() != own.keys():
+        check_same(given, own)
+    for config in named.by_name(config_of(model)).values():
+        check_rank(config, given)
+    r = given["randlora_A"].shape[0]
+    for path, module in adapted_modules(model).items():
+        for kernel in module.randlora_layer.kernels:
+            try:
+                check_fit(given, kernel.features, kernel.scale_shapes(r))
+            except ValueError as error:
+                raise ValueError(f"{trees.shown((*path, *kernel.label))}: {error}") from None
 
 
 def check_params(given: trees.Tree, own: trees.Tree) -> None:

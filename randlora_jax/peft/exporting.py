@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from randlora_jax import targets, trees
+from randlora_jax.bases import resized
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import config_json
 from randlora_jax.peft.files import BASES, Adapter
@@ -22,12 +24,14 @@ def to_peft(
     config: RandLoraConfig,
     name_map: Names,
     stacks: Mapping[trees.Path, Stack] | None = None,
+    shared_dims: Sequence[int] | None = None,
 ) -> Adapter:
     """What PEFT would save.
 
     Args:
       variables: with "randlora", "randlora_bases", and of "params" what was trained at least.
       stacks: by the path of scales; the first axes, where they aren't given.
+      shared_dims: the sizes that PEFT gives the bases, if others.
 
     Raises:
       ValueError: for what has no name, or no form, in torch.
@@ -59,12 +63,14 @@ def to_peft(
         adapted[module] = layers
     others = _others(variables, config, name_of, adapted)
     config = config_json.in_torch(config, scales, others, shapes, name_of)
-    return Adapter(config, scales, dense_bases(variables), others)
-
-
-def dense_bases(variables: trees.Tree) -> dict[str, np.ndarray]:
-    """The bases in float32; ternary ones as their sign times their size."""
     bases = variables["randlora_bases"]
+    if shared_dims is not None:
+        bases = resized(config, bases, *shared_dims)
+    return Adapter(config, scales, dense_bases(bases), others)
+
+
+def dense_bases(bases: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The bases in float32; ternary ones as their sign times their size."""
     arrays = {name: np.asarray(bases[name]) for name in BASES}
     if "randlora_scale" in bases:
         sizes = np.asarray(bases["randlora_scale"], np.float32)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from randlora_jax import trees
+from randlora_jax.bases import shared_dims
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import files
@@ -96,8 +97,10 @@ def save_adapter(
     check_variables(variables, "params", "randlora", "randlora_bases")
     check_config(config)
     folder = files.folder_of(directory, adapter_name)
-    stacks = {site.path: site.stack for site in sites_of(variables, config, guess=True)}
-    return files.write(folder, to_peft(variables, config, name_map, stacks), overwrite)
+    sites = sites_of(variables, config, guess=True)
+    stacks = {site.path: site.stack for site in sites}
+    sizes = shared_dims(site.kernel.features for site in sites)
+    return files.write(folder, to_peft(variables, config, name_map, stacks, sizes), overwrite)
 
 
 def module_names(directory: str | os.PathLike[str], adapter_name: str = "default") -> list[str]:

@@ -13,6 +13,7 @@ import randlora_jax as rl
 from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
 from tests.parity.peft_models import MODES, adapted, assert_close, assert_same_files, load_in_peft
+from tests.peft_adapters import in_peft, same_trees
 
 
 class TorchBlocks(torch.nn.Module):
@@ -131,5 +132,4 @@ def test_jax_to_peft_to_jax_changes_no_bit_and_no_output(mode, tmp_path):
         target_modules=("up", "down")
     )
     assert sorted(config_back.target_modules) == ["down", "up"]
-    same = lambda a, b: a.dtype == b.dtype and bool((a == b).all())
-    assert jax.tree.all(jax.tree.map(same, back, variables))
+    assert same_trees(back, in_peft(variables, config))
