@@ -19,7 +19,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Told, mesh_axes
-from randlora_jax.sharding import padded, sites_by_name, spec_in
+from randlora_jax.sharding import padded, sites_by_name, spec_in, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
             "gets it, or its sharding, NamedSharding(mesh, PartitionSpec('data'))"
         )
     mesh, tokens = placed.mesh, tuple(map(mesh_axes, placed.spec))
+    bases = mesh_axes(spec_of(variables["randlora_bases"]["randlora_B"])[0])
     layers = {}
     for _, site in sites_by_name(variables, config):
         box = trees.get(variables["params"], site.kernel_path)
@@ -72,7 +73,7 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
             )
         spec = spec_in(site.kernel_path, box, mesh, None)
         layer, _ = site.stack.split(padded(spec, array.ndim))
-        layers[site.path] = Told(mesh, tokens, tuple(map(mesh_axes, layer)))
+        layers[site.path] = Told(mesh, tokens, tuple(map(mesh_axes, layer)), bases)
     return Layout(tuple(layers.items()))
 
 

@@ -30,6 +30,7 @@ def sharding(
     *,
     data_axes: Sequence[str] | None = None,
     zero_axes: Sequence[str] = (),
+    bases_axes: Sequence[str] = (),
     rules: Rules | None = None,
 ) -> dict[str, Any]:
     """Shardings for `jax.device_put`, or for in_shardings and out_shardings of `jax.jit`.
@@ -45,6 +46,8 @@ def sharding(
         others like the side of the kernel that it scales, which costs nothing to exchange.
       zero_axes: mesh axes that divide gammas wherever their sizes allow, and so their gradients
         and the optimizer's state, as ZeRO does it: each use of a gamma has to fetch it.
+      bases_axes: mesh axes that divide `randlora_B`: those that divide kernels. Layers whose large
+        side is not divided by them fetch the rows that they read, each time.
       rules: what the names in boxes are on the mesh, as in Flax's `nn.logical_axis_rules`; by
         default the boxes' own, or those of the context.
 
@@ -76,10 +79,13 @@ def sharding(
     on = mesh or mesh_of(variables)
     if on is None:
         raise ValueError("mesh is None, and no array is on one: give the mesh")
-    for field, axes in (("data_axes", data_axes), ("zero_axes", zero_axes)):
+    fields = {"data_axes": data_axes, "zero_axes": zero_axes, "bases_axes": bases_axes}
+    for field, axes in fields.items():
         _check_axes(field, axes or (), on)
     shapes = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables)}
     specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
+    B = ("randlora_bases", "randlora_B")
+    specs[B] = P(*_fitting([tuple(bases_axes)], shapes[B][:1], on)) if bases_axes else P()
     for name, site in sites_by_name(variables, config):
         kernel = ("params", *site.kernel_path)
         names = padded(specs[kernel], len(shapes[kernel]))

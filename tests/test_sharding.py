@@ -162,7 +162,7 @@ def test_zero_divides_gammas_and_the_state_of_the_optimizer(features):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("field", ["data_axes", "zero_axes"])
+@pytest.mark.parametrize("field", ["data_axes", "zero_axes", "bases_axes"])
 def test_axes_that_are_none_are_refused(field):
     variables = RandLora(nn.Dense(32, use_bias=False), CONFIG).adapt(linen_variables(), X)
     with pytest.raises(ValueError, match=f"{field}: 'rows' is no axis of the mesh"):

@@ -31,7 +31,7 @@ class Part:
       group: arrays of different groups don't get each other's axes from the compiler, unasked,
         but for those of tokens. Bases that every device holds would be cut up like a kernel, only
         to be gathered again; each device can take its part when it wants.
-      whole: whether every device has all of it.
+      whole: whether every device has all of it, or should; how it is divided decides nothing.
     """
 
     factors: Factors
@@ -47,14 +47,17 @@ class Told:
     Attributes:
       tokens: the axes of the mesh that divide each axis of tokens.
       kernel: and each of the kernel's axes, in the order in which it is given.
+      bases: and the rows of `randlora_B`, which serve all layers.
     """
 
     mesh: Mesh | AbstractMesh
     tokens: tuple[Axes, ...]
     kernel: tuple[Axes, ...]
+    bases: Axes = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Told, (self.mesh.abstract_mesh, self.tokens, self.kernel)  # devices are no data
+        devices_are_no_data = self.mesh.abstract_mesh
+        return Told, (devices_are_no_data, self.tokens, self.kernel, self.bases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Division:
                 some = tuple(axis for axis in mesh_axes(entry) if sizes[axis] > 1)
                 length[factor] = size
                 entries.setdefault(factor, []).append(some)
-                for axis in () if factor in self.undivided else some:
+                for axis in () if factor in self.undivided or part.whole else some:
                     of_axis = held.setdefault(axis, {})
                     of_axis[factor] = of_axis.get(factor, 0) + math.prod(shape)
 

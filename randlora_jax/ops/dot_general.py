@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
@@ -152,9 +153,18 @@ def _sliced(spec: Spec, operands: Arrays) -> Arrays:
     return {
         **operands,
         "A": A[:, 0, :size].reshape(r, *small),
-        "V": B[: math.prod(large), :n].reshape(*large, n * r),  # column b * r + k
+        "V": _rows(B[:, :n], large).reshape(*large, n * r),  # column b * r + k
         "gamma": gamma.reshape(*gamma.shape[:2], *small),
     }
+
+
+def _rows(B: jax.Array, large: tuple[int, ...]) -> jax.Array:
+    """The rows of B that a layer of this large side reads."""
+    sharding, size = jax.typeof(B).sharding, math.prod(large)
+    divided = any(sharding.spec) and AxisType.Explicit in sharding.mesh.axis_types
+    if divided and (len(large) > 1 or size < B.shape[0]):  # nothing but all rows has such a type
+        B = jax.sharding.reshard(B, NamedSharding(sharding.mesh, PartitionSpec()))
+    return B[:size]
 
 
 # x . (W + dW), or x . dW, of x, A, B, lam, gamma and, for the first, kernel.

@@ -66,7 +66,7 @@ class Spec:
             "keep": Part(("a", *tokens, *ins), group="k"),
             "dy": Part(tokens + outs),
             "A": Part(("r", *small), group="a", whole=True),
-            "V": Part((*large, "m"), group="v", whole=True),
+            "V": Part((*large, "m"), group="v", whole=not (self.told and self.told.bases)),
             "lam": Part(("a", "r", "n")),
             "gamma": Part(("a", "n", *small), group="s"),
         }
