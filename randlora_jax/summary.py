@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import jax
+from jax.sharding import Sharding
+
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
 from randlora_jax.checks import check_config, check_variables
@@ -22,6 +25,7 @@ def summary(
     *,
     tokens: int | None = None,
     strategy: Strategy = "auto",
+    shardings: trees.Tree | None = None,
 ) -> str:
     """A table of the adapted layers, the parameters that train, and the bytes of a checkpoint.
 
@@ -35,6 +39,8 @@ def summary(
         its update is computed, forward and backward, and the step's operations over those of the
         frozen layer.
       strategy: as it is given to the model.
+      shardings: as `randlora_jax.sharding` gives them, by default those of the arrays. On several
+        devices the table says what each of them holds.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -76,6 +82,7 @@ def summary(
         ("bases", f"{readable(held)}, one pair for all layers"),
         ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
+    facts += _on_each_device(variables, shardings or {})
     params = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables["params"])}
     for line in described(left_out(params, sites, config)):
         facts.append(("" if facts[-1][0] in ("", "not adapted") else "not adapted", line))
@@ -92,6 +99,21 @@ def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str,
     frozen = 4 * tokens * math.prod(kernel.features)
     over = sum(product_flops(tokens, *kernel.features, m, *ways)) / frozen
     return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
+
+
+def _on_each_device(variables: trees.Tree, shardings: trees.Tree) -> list[tuple[str, str]]:
+    """What one device holds of the base, the scales and the bases, if there are several."""
+    given, several = dict(trees.items(shardings)), 1
+    held: dict[str, int] = {"params": 0, "randlora": 0, "randlora_bases": 0}
+    for path, leaf in trees.items({name: variables[name] for name in held}):
+        array = trees.unboxed(leaf)
+        where, shape = given.get(path, getattr(array, "sharding", None)), array.shape
+        if isinstance(where, Sharding):
+            several, shape = max(several, where.num_devices), where.shard_shape(shape)
+        held[path[0]] += bases_lib.nbytes({path: jax.ShapeDtypeStruct(shape, array.dtype)})
+    parts = zip(("base", "scales", "bases"), map(readable, held.values()), strict=True)
+    text = ", ".join(f"{what} {size}" for what, size in parts)
+    return [(f"on each of {several}", text)] if several > 1 else []
 
 
 def _count(tree: trees.Tree) -> int:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
@@ -100,3 +101,38 @@ def test_with_tokens_it_says_how_each_layer_is_computed_and_what_that_costs(toke
     thin = 2 * T * m * (d + D) + 2 * T * m * (2 * d + D)
     expected = 4 * T * d * D + thin if ways[0] == "factored" else 6 * T * d * D + 6 * m * d * D
     assert float(over) == pytest.approx(expected / (4 * T * d * D), abs=0.006)
+
+
+class TestOnEachDevice:
+    """A kernel of 8 x 16; lambda (4, 2) and gamma (2, 8); A (4, 1, 8) and B (16, 2, 4)."""
+
+    CONFIG = rl.RandLoraConfig(r=4, target_modules="all-linear")
+    SHAPE, AXES = (4, 2), ("data", "model")
+
+    def variables(self):
+        model = RandLora(nn.Dense(16, use_bias=False), self.CONFIG)
+        return model.init(jax.random.key(0), jnp.ones((1, 8)))
+
+    @pytest.mark.parametrize("make", [jax.make_mesh, AbstractMesh])
+    def test_it_is_told_by_shardings(self, make):
+        mesh, variables = make(self.SHAPE, self.AXES), self.variables()
+        variables["params"]["kernel"] = nn.Partitioned(variables["params"]["kernel"], self.AXES)
+        shapes = jax.eval_shape(lambda: variables)
+        told = lambda **axes: rl.summary(
+            shapes, self.CONFIG, shardings=rl.sharding(shapes, self.CONFIG, mesh, **axes)
+        )
+        held = "base 64 B, scales 96 B, bases 640 B"
+        assert row(told(), "on each of 8")[1] == held
+        held = "base 64 B, scales 48 B, bases 192 B"
+        divided = told(data_axes=["model"], bases_axes=["model", "data"])
+        assert row(divided, "on each of 8")[1] == held
+
+    def test_it_is_told_by_the_arrays(self):
+        variables = self.variables()
+        assert "on each" not in rl.summary(variables, self.CONFIG)
+        where = NamedSharding(jax.make_mesh(self.SHAPE, self.AXES), PartitionSpec("data"))
+        params = {"kernel": jax.device_put(variables["params"]["kernel"], where)}
+        model = RandLora(nn.Dense(16, use_bias=False), self.CONFIG)
+        placed = model.adapt({"params": params}, jnp.ones((1, 8)))
+        held = "base 128 B, scales 96 B, bases 640 B"
+        assert row(rl.summary(placed, self.CONFIG), "on each of 8")[1] == held

@@ -1,0 +1,83 @@
+"""`x . (W + dW)` as one function with gradients of its own, on each device's part of the arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from randlora_jax.ops.partitioning import Arrays, divided_like, per_device, varying_alike
+from randlora_jax.ops.products import Backward, Forward, KernelGradient, pass_of
+from randlora_jax.ops.spec import Spec
+
+
+def _forward(spec, operands):
+    sliced, division = _sliced(spec, operands), spec.division(backward=False)
+    result = per_device(pass_of(Forward, spec), division, sliced, spec.mesh)
+    return result["y"], operands
+
+
+def _backward(spec, operands, dy):
+    x, kernel = operands["x"], operands.get("kernel")
+    both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
+    division = spec.division(backward=True)
+    found = per_device(pass_of(Backward, spec), division, both, spec.mesh)
+    gradients = {
+        "x": divided_like(found["dx"], x),
+        "lam": divided_like(found["d_lam"], operands["lam"]),
+        "gamma": divided_like(found["d_gamma"].reshape(operands["gamma"].shape), operands["gamma"]),
+        **dict.fromkeys({"A", "B", "keep"} & set(operands)),
+    }
+    if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
+        found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both, spec.mesh)
+        gradients["kernel"] = divided_like(found["d_kernel"].astype(kernel.dtype), kernel)
+    return (gradients,)
+
+
+def _sliced(spec: Spec, operands: Arrays) -> Arrays:
+    """The layer's own part of the bases, A and V, and gamma, in the kernel's own axes."""
+    small, large = spec.small_large
+    A, B, gamma = (operands[name] for name in ("A", "B", "gamma"))
+    (_, r, n), size = operands["lam"].shape, math.prod(small)
+    return {
+        **operands,
+        "A": A[:, 0, :size].reshape(r, *small),
+        "V": _rows(B[:, :n], large).reshape(*large, n * r),  # column b * r + k
+        "gamma": gamma.reshape(*gamma.shape[:2], *small),
+    }
+
+
+def _rows(B: jax.Array, large: tuple[int, ...]) -> jax.Array:
+    """The rows of B that a layer of this large side reads."""
+    sharding, size = jax.typeof(B).sharding, math.prod(large)
+    divided = any(sharding.spec) and AxisType.Explicit in sharding.mesh.axis_types
+    if divided and (len(large) > 1 or size < B.shape[0]):  # nothing but all rows has such a type
+        B = jax.sharding.reshard(B, NamedSharding(sharding.mesh, PartitionSpec()))
+    return B[:size]
+
+
+# x . (W + dW), or x . dW, of x, A, B, lam, gamma and, for the first, kernel.
+_product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnums=(0,))
+_product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def product(spec: Spec, contract: tuple[int, ...], operands: Any) -> jax.Array:
+    """x . (W + dW), or x . dW, of operands as a layer has them, x contracted along any axes.
+
+    Layers that are alike are traced once, and calls that are not traced are compiled.
+    """
+    tokens = [i for i in range(operands["x"].ndim) if i not in contract]
+    inputs_last = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly
+    operands = {**operands, "x": inputs_last(operands["x"])}
+    operands["lam"], operands["gamma"] = map(jnp.stack, zip(*operands.pop("scales"), strict=True))
+    if "keep" in operands:
+        operands["keep"] = jnp.stack([inputs_last(keep) for keep in operands["keep"]])
+    operands = varying_alike(operands)
+    # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
+    return _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README
