@@ -114,6 +114,24 @@ def test_kernels_that_are_divided_by_hand_are_refused():
         jax.jit(run({"model", "data"}))(variables, x)
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+def test_in_nnx_they_are_refused_unchecked_too(checked):
+    layer = rx.inject(nnx.Linear(3, 20, use_bias=False, rngs=nnx.Rngs(0)), CONFIG.replace(r=2))
+    graph, kernel, rest = nnx.split(layer, nnx.All(nnx.Param, nnx.Not(rx.RandLoraParam)), ...)
+    run = jax.shard_map(
+        lambda kernel, rest, x: nnx.merge(graph, kernel, rest)(x),
+        mesh=jax.make_mesh(
+            (4,), ("model",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,)
+        ),
+        in_specs=(P(None, "model"), P(), P()),
+        out_specs=P(None, "model"),
+        check_vma=checked,
+    )
+    message = r"Linear.kernel has the shape \(3, 5\), and had \(3, 20\) when it was injected"
+    with pytest.raises(ValueError, match=message):
+        run(kernel, rest, normal(3, 8, 3))
+
+
 def test_an_ensemble_by_hand_has_scales_of_its_own():
     mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
     model = RandLora(Model(), CONFIG)

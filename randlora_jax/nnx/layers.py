@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -85,11 +85,23 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
             lam = lam * strength.astype(lam.dtype)
         dropout = _dropout(module, config)
         target = f"{original_class(module).__name__}.{kernel.name}"
+        _check_whole(target, getattr(module, kernel.name).shape, kernel.shape)
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
     called = NnxCall(module, original_class(module), name, args, kwargs, method)
     told = dict(adapted.told).get(found[0].kernel)
     return updates.run(called, found, bases, adapted.strategy, told)
+
+
+def _check_whole(target: str, shape: Sequence[int], injected: Sequence[int]) -> None:
+    """Raises a ValueError for a kernel that is not of the size that it was injected with."""
+    if len(shape) == len(injected) and tuple(shape) != tuple(injected):
+        raise ValueError(
+            f"{target} has the shape {tuple(shape)}, and had {tuple(injected)} when it was "
+            "injected: a part of a kernel, divided by hand within jax.shard_map, has no update of "
+            "its own. Leave that axis to the compiler: jax.shard_map(..., axis_names=...) without "
+            "it"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
