@@ -10,7 +10,7 @@ import smollm2
 
 import randlora_jax as rl
 from randlora_jax import trees
-from randlora_jax.bases import nbytes
+from randlora_jax.bases import nbytes, read_dims
 from randlora_jax.linen import RandLora
 from randlora_jax.sites import Kernel
 
@@ -55,6 +55,9 @@ def test_what_the_training_of_70b_keeps_on_each_device(r, gibibytes):
     sizes = lambda kernel: (math.prod(shape) for shape in Kernel(kernel).scale_shapes(r))
     scales = 80 * sum(count * sum(sizes(kernel)) for kernel, count in kernels.items())
     assert round(3 * 4 * scales / 2**30, 1) == gibibytes
+    config = rl.RandLoraConfig(r=r)
+    bases = jax.eval_shape(lambda: rl.draw_bases(config, *read_dims(config, kernels)))
+    assert round(nbytes(bases) / 2**30, 2) == {32: 0.88, 512: 0.89}[r]
 
 
 @pytest.mark.parametrize("keep, megabytes", [(False, 38), (True, 57)], ids=["seed", "bfloat16"])
