@@ -33,7 +33,7 @@ def initial_scales(config: RandLoraConfig, sites: Iterable[Site]) -> Scales:
             shape, dtype = stored.shape, stored.dtype
             if path[-1] == GAMMA:
                 of_gamma, features = site.kernel.scale_shapes(config.r)[1], site.kernel.features
-                size = max(of_gamma if config.init_weights else features)
+                size = max(of_gamma[-2:] if config.init_weights else features)
                 values[path] = jnp.full(shape, 1 / size, dtype)
             elif config.init_weights:
                 values[path] = jnp.zeros(shape, dtype)

@@ -72,8 +72,10 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
                 "put both on one"
             )
         spec = spec_in(site.kernel_path, box, mesh, None)
-        layer, _ = site.stack.split(padded(spec, array.ndim))
-        layers[site.path] = Told(mesh, tokens, tuple(map(mesh_axes, layer)), bases)
+        layer, stack = site.stack.split(padded(spec, array.ndim))
+        of_stack = tuple(axis for entry in stack for axis in mesh_axes(entry))
+        kernel = tuple(map(mesh_axes, layer))
+        layers[site.path] = Told(mesh, tokens, kernel, bases, stack=of_stack)
     return Layout(tuple(layers.items()))
 
 

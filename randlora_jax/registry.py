@@ -9,41 +9,52 @@ from typing import Any
 
 from randlora_jax import equations, targets
 from randlora_jax.config import RandLoraConfig, is_integer
-from randlora_jax.sites import Kernel, Shape, Site
+from randlora_jax.equations import KernelAxes
+from randlora_jax.sites import Kernel, Shape, Site, Stack
 from randlora_jax.stored import stack_axes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-InputAxes = tuple[int, ...] | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Sequence[int]]
 
-Parameters = Mapping[str, tuple[int, ...]]  # raw parameters by path, with their input axes
+# How a kernel is used: its axes that meet the input's; or an equation "x, kernel -> y", which tells
+# of stacks too; or a function of (layer, kernel's shape, args, kwargs) of a call that gives those.
+# None: the call's own equation says it.
+Axes = int | Sequence[int] | str | KernelAxes
+Use = Axes | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Axes] | None
+# The name of a kernel, or several with their uses; or a function of the layer that gives these.
+Kernels = str | Mapping[str, Use] | Callable[[Any], str | Mapping[str, Use]]
+
+Parameters = Mapping[str, Axes]  # raw parameters by path
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """How a class of layers holds and uses its kernel.
+    """How a class of layers holds and uses its kernels.
 
     Attributes:
       layer: the class.
-      kernel: the name of the parameter.
-      input_axes: the kernel's axes that meet the input's; a function tells them for each call.
-      layer_axes: a function that tells them for each instance, whatever the call.
+      kernel: the names of its parameters.
+      input_axes: how it uses one that is alone.
       product: the attribute that the layer multiplies with: "dot_general", "einsum_op" or None.
       plain: whether it returns the product, and at most a bias added to it.
       kernel_shape: of one layer, as the instance says it; None if it does not.
     """
 
     layer: type
-    kernel: str = "kernel"
-    input_axes: InputAxes | None = None
-    layer_axes: Callable[[Any], tuple[int, ...]] | None = None
+    kernel: Kernels = "kernel"
+    input_axes: Use = None
     product: str | None = None
     plain: bool = False
     kernel_shape: Callable[[Any], Shape] | None = None
 
+    def kernels_of(self, layer: Any) -> dict[str, Use]:
+        """The names of an instance's kernels, and how it uses them."""
+        found = self.kernel(layer) if callable(self.kernel) else self.kernel
+        return {found: self.input_axes} if isinstance(found, str) else dict(found)
+
     def describe(
-        self, layer: Any, value: Any, fan_in_fan_out: bool, call: Arguments | None
+        self, layer: Any, name: str, value: Any, fan_in_fan_out: bool, call: Arguments | None
     ) -> Kernel | None:
-        """An instance's `Kernel`, from the parameter's value and the arguments of a call.
+        """One of an instance's kernels, from the parameter's value and the arguments of a call.
 
         Args:
           call: its (args, kwargs). None for another method, whose arguments say nothing of how the
@@ -53,23 +64,19 @@ class LayerRule:
           ValueError: for an equation that is no linear map by one kernel.
         """
         shape: Shape = tuple(value.shape)
-        axes: Sequence[int] | None
-        if self.layer_axes is not None:
-            axes = self.layer_axes(layer)
-        elif callable(self.input_axes):
-            axes = None if call is None else self.input_axes(layer, shape, *call)
-        elif self.input_axes is not None:
-            axes = self.input_axes
-        else:
-            equation = equations.equation_of(layer, *(call or ((), {})))
-            axes = equations.input_axes(equation, shape) if equation else None
-        if axes is None:
+        use = self.kernels_of(layer)[name]
+        if callable(use):
+            use = None if call is None else use(layer, shape, *call)
+        elif use is None:
+            use = equations.equation_of(layer, *(call or ((), {})))
+        if use is None:
             if call is None:
                 return None
-            axes = (1,) if fan_in_fan_out else (0,)
-        return Kernel(shape, tuple(axes), self.kernel, value.dtype)
+            use = 1 if fan_in_fan_out else 0
+        axes = kernel_axes(f"the input_axes of {name!r} must", use, shape)
+        return Kernel(shape, axes.inputs, name, value.dtype, axes.stacked)
 
-    def stack_axes(self, layer: Any, shape: Shape) -> tuple[int, ...]:
+    def stack_axes(self, layer: Any, name: str, shape: Shape) -> tuple[int, ...]:
         """The axes of a stored kernel that stack layers, outermost first, as `nnx.vmap` adds them.
 
         Raises:
@@ -77,44 +84,44 @@ class LayerRule:
         """
         if self.kernel_shape is not None:
             return stack_axes(shape, tuple(self.kernel_shape(layer)))
-        equation = equations.equation_of(layer, (), {})
-        told = self.input_axes is not None or self.layer_axes is not None
-        if equation is None and not told and len(shape) > 2:
+        use = self.kernels_of(layer)[name]
+        equation = equations.equation_of(layer, (), {}) if use is None else use
+        if equation is None and len(shape) > 2:
             raise ValueError(
                 f"nothing tells which axes of its kernel of shape {tuple(shape)} are inputs: give "
                 "register_layer its input_axes"
             )
-        return (0,) * (len(shape) - equations.kernel_ndim(equation)) if equation else ()
+        return outer_axes(equation, shape)
 
 
 _RULES: dict[type, LayerRule] = {}
 
 
 def register_layer(
-    layer: type,
-    kernel: str = "kernel",
-    input_axes: InputAxes | Sequence[int] | int | None = None,
-    *,
-    plain: bool = False,
+    layer: type, kernel: Kernels = "kernel", input_axes: Use = None, *, plain: bool = False
 ) -> None:
-    """Teaches the library a class of layers that has one kernel: `y = einsum(x, kernel)`.
+    """Teaches the library a class of layers that has a kernel: `y = einsum(x, kernel)`.
 
     Subclasses are known with their class. Built in: `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`,
     and NNX's `Linear`, `LinearGeneral` and `Einsum`.
 
     Args:
       layer: a Linen or NNX module class.
-      kernel: the name of the parameter.
-      input_axes: which of its axes meet the input's, 0 or (0, 1); or a function of (layer,
-        kernel's shape, args, kwargs) of a call. By default they are read off the einsum equation
-        that the call is given, or the layer has as an attribute; without one, the kernel is
-        (in, out), or (out, in) under `fan_in_fan_out`.
+      kernel: the name of the parameter; or a function of the layer that gives it, as in
+        `lambda layer: layer.weight_name`. Of a layer that has several, it is, or gives, their names
+        with the axes of each, {"gate": "ecd,edf->ecf", "out": "ecf,efd->ecd"}.
+      input_axes: which of its axes meet the input's, 0 or (0, 1); or an equation, "x, kernel -> y";
+        or a function of (layer, kernel's shape, args, kwargs) of a call that gives one of these.
+        By default it is the einsum equation that the call is given, or the layer has as an
+        attribute; without one, the kernel is (in, out), or (out, in) under `fan_in_fan_out`.
+        Where x, kernel and result of an equation share an axis, as that of experts, the kernel is
+        a stack of matrices along it, and each has scales of its own.
       plain: promise of a layer with an equation that it returns the product and at most a bias
         added to it: then few tokens cost what they cost a Dense layer. Of other layers the kernel
         is changed, so they can do what they like.
 
     Raises:
-      TypeError: if `layer` is no class, or `kernel` no name.
+      TypeError: if `layer` is no class, or `kernel` neither a name, a mapping nor a function.
       ValueError: for `input_axes` that are no axes, counted from 0.
 
     Example:
@@ -128,16 +135,36 @@ def register_layer(
     """
     if not isinstance(layer, type):
         raise TypeError(f"layer must be a class, got {layer!r}")
-    if not isinstance(kernel, str):
+    if not (isinstance(kernel, str | Mapping) or callable(kernel)):
         raise TypeError(f"kernel must be the parameter's name, as in kernel='w', got {kernel!r}")
-    if input_axes is not None and not callable(input_axes):
-        input_axes = _axes("input_axes must", input_axes)
+    if isinstance(kernel, Mapping) and input_axes is not None:
+        raise TypeError(f"input_axes={input_axes!r} are of one kernel: give each its own in kernel")
+    uses = kernel if isinstance(kernel, Mapping) else {"input_axes": input_axes}
+    for name, use in uses.items():
+        if not (use is None or equations.is_equation(use) or callable(use)):
+            _axes(f"{name} must", use)
     add_rule(LayerRule(layer, kernel, input_axes, plain=plain))
 
 
 def add_rule(rule: LayerRule) -> None:
     """Registers a class with all that a rule can say of it."""
     _RULES[rule.layer] = rule
+
+
+def kernel_axes(subject: str, given: Axes, shape: Shape) -> KernelAxes:
+    """The axes of a kernel of that shape as they are given, which the subject of messages says.
+
+    Raises:
+      ValueError: for what are no axes, or no equation, of such a kernel.
+    """
+    if equations.is_equation(given):
+        return equations.kernel_axes(given, shape)
+    return given if isinstance(given, KernelAxes) else KernelAxes((), _axes(subject, given))
+
+
+def outer_axes(use: Any, shape: Shape) -> tuple[int, ...]:
+    """The axes of a stored kernel that an equation does not have: they stack layers."""
+    return (0,) * (len(shape) - equations.kernel_ndim(use)) if equations.is_equation(use) else ()
 
 
 def _axes(subject: str, given: Any) -> tuple[int, ...]:
@@ -172,38 +199,49 @@ def rule_for(cls: type) -> LayerRule | None:
 
 def raw_kernels(
     module: str, values: Mapping[str, Any], parameters: Parameters
-) -> dict[str, Kernel]:
+) -> dict[str, tuple[Kernel, Stack]]:
     """Those of a module's own parameters that are asked for by path, by their whole path.
+
+    The axes that its equation does not have are those of a stack of layers, in front.
 
     Raises:
       ValueError: naming the parameter, if it is not of floating point numbers.
     """
     found = {}
     for label, value in values.items():
-        path = f"{module}.{label}" if module else label
-        for pattern, axes in parameters.items():
+        path, shape = f"{module}.{label}" if module else label, tuple(value.shape)
+        for pattern, use in parameters.items():
             if targets.names_module((pattern,), path):
-                inputs = _axes(f"parameters: the axes of {path!r} must", axes)
-                if max(inputs) >= len(value.shape) or len(inputs) == len(value.shape):
-                    raise ValueError(
-                        f"parameters: {path!r} of shape {tuple(value.shape)} can't have the input "
-                        f"axes {inputs}: some of its axes are inputs, and the others outputs"
-                    )
-                try:
-                    found[path] = Kernel(tuple(value.shape), inputs, label, value.dtype)
-                except ValueError as error:
-                    raise ValueError(f"{path!r}: {error}") from None
+                axes = outer_axes(use, shape)
+                layer, sizes = Stack(axes).split(shape)
+                kernel = _raw_kernel(path, label, layer, value.dtype, use)
+                found[path] = kernel, Stack(axes, sizes)
     return found
 
 
+def _raw_kernel(path: str, label: str, shape: Shape, dtype: Any, use: Axes) -> Kernel:
+    try:
+        axes = kernel_axes(f"its axes {use!r} must", use, shape)
+        used = (*axes.stacked, *axes.inputs)
+        if max(used) >= len(shape) or len(used) == len(shape):
+            raise ValueError(
+                f"of shape {shape} it can't have the input axes {axes.inputs}: some of its axes "
+                "are inputs, and the others outputs"
+            )
+        return Kernel(shape, axes.inputs, label, dtype, axes.stacked)
+    except ValueError as error:
+        raise ValueError(f"parameters: {path!r}: {error}") from None
+
+
 def check_has_kernel(
-    rule: LayerRule, name: str, own: Iterable[str], config: RandLoraConfig
+    kernels: Iterable[str], name: str, own: Iterable[str], config: RandLoraConfig
 ) -> None:
-    """Raises a ValueError for a layer that is named, and holds no parameter of its class's kernel.
+    """Raises a ValueError for a layer that is named, and holds no parameter of its class's kernels.
 
     One that "all-linear" means is left out, and told of.
     """
-    if rule.kernel not in own and not config.all_linear:
+    lacking = [kernel for kernel in kernels if kernel not in own]
+    if lacking and not config.all_linear:
         others = sorted(set(own) - {"bias"})
         cure = (
             f"adapt {others[0]!r} by its path, parameters={{'{name}.{others[0]}': (...)}}, with "
@@ -212,7 +250,7 @@ def check_has_kernel(
             else "give its name to exclude_modules"
         )
         raise ValueError(
-            f"{name!r} has no parameter {rule.kernel!r}, the kernel of its class, but {others}: "
+            f"{name!r} has no parameter {lacking[0]!r}, the kernel of its class, but {others}: "
             f"{cure}"
         )
 
@@ -238,7 +276,8 @@ def check_parameters(
         if adapted is not None and not set(matched) & set(adapted):
             raise ValueError(
                 f"parameters: {pattern!r} matches {matched[0]!r}, whose module does not run on "
-                "these inputs: give adapt inputs, or a method, that run it"
+                "these inputs: give adapt inputs, or a method, that run it; or whose axes are "
+                f"others than in {parameters[pattern]!r}"
             )
 
 

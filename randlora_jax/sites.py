@@ -3,7 +3,9 @@
 A kernel of any shape is a matrix (in, out) to its update. Most are called "kernel" and have their
 input axes first; their scales sit beside them as `randlora_lambda` and `randlora_gamma`. Any other
 is named with its input axes, and its scales sit one level deeper: "w[1]" is a parameter w whose
-axis 1 is the input. So a tree of scales says all that merging and loading need to know.
+axis 1 is the input. "w[0;1]" is a stack of them, along its axis 0, which the input and the result
+of the layer have too, as those of experts; each has scales of its own. So a tree of scales says all
+that merging and loading need to know.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from randlora_jax import trees
 from randlora_jax.bases import num_bases
+from randlora_jax.equations import KernelAxes
 from randlora_jax.ops.products import accumulation_dtype
 
 SCALES = LAMBDA, GAMMA = ("randlora_lambda", "randlora_gamma")
@@ -38,12 +41,17 @@ def is_scale(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel as its layer sees it, that is, without the axes of a stack."""
+    """One kernel as its layer sees it, that is, without the axes of a stack of layers.
+
+    Attributes:
+      stacked: its axes along which it is a stack itself, of matrices that share the bases.
+    """
 
     shape: Shape
     input_axes: tuple[int, ...] = (0,)
     name: str = "kernel"
     dtype: Any = jnp.float32
+    stacked: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not jnp.issubdtype(self.dtype, jnp.floating):
@@ -53,17 +61,32 @@ class Kernel:
             )
 
     @property
+    def axes(self) -> KernelAxes:
+        """What its axes are to the product."""
+        return KernelAxes(self.stacked, self.input_axes)
+
+    @property
     def output_axes(self) -> tuple[int, ...]:
-        return tuple(i for i in range(len(self.shape)) if i not in self.input_axes)
+        others = (*self.stacked, *self.input_axes)
+        return tuple(i for i in range(len(self.shape)) if i not in others)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The kernel's axes, those of the inputs first."""
-        return (*self.input_axes, *self.output_axes)
+        """The kernel's axes: those of the stack, of the inputs, of the outputs."""
+        return (*self.stacked, *self.input_axes, *self.output_axes)
+
+    @property
+    def ordered_shape(self) -> Shape:
+        """Its shape in that order."""
+        return tuple(self.shape[i] for i in self.order)
+
+    @property
+    def stack_sizes(self) -> Shape:
+        return tuple(self.shape[i] for i in self.stacked)
 
     @property
     def features(self) -> tuple[int, int]:
-        """(in_features, out_features)."""
+        """(in_features, out_features) of one matrix."""
         size = lambda axes: math.prod(self.shape[i] for i in axes)
         return size(self.input_axes), size(self.output_axes)
 
@@ -76,28 +99,32 @@ class Kernel:
     @property
     def label(self) -> trees.Path:
         """Where the scales sit, seen from the kernel's own module."""
-        if self.name == "kernel" and self.input_axes == tuple(range(len(self.input_axes))):
+        first = self.input_axes == tuple(range(len(self.input_axes)))
+        if self.name == "kernel" and first and not self.stacked:
             return ()
-        return (f"{self.name}[{','.join(map(str, self.input_axes))}]",)
+        listed = (",".join(map(str, axes)) for axes in self.axes if axes)
+        return (f"{self.name}[{';'.join(listed)}]",)
 
-    def scale_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of `randlora_lambda` and `randlora_gamma`."""
+    def scale_shapes(self, r: int) -> tuple[Shape, Shape]:
+        """Shapes of `randlora_lambda` and `randlora_gamma`, those of a stack first."""
         small = min(self.features)
         n = num_bases(small, r)
-        return (r, n), (n, small)
+        return (*self.stack_sizes, r, n), (*self.stack_sizes, n, small)
 
     def plus(self, value: jax.Array, matrix: jax.Array) -> jax.Array:
-        """The kernel plus an (in, out) matrix: in float32, and rounded once to its dtype."""
+        """The kernel plus (in, out) matrices: in float32, and rounded once to its dtype."""
         dtype = accumulation_dtype(value.dtype, matrix.dtype)
-        inputs_first = matrix.reshape([self.shape[i] for i in self.order])
-        delta = jnp.transpose(inputs_first, [self.order.index(i) for i in range(len(self.order))])
+        order = self.order
+        delta = jnp.transpose(
+            matrix.reshape(self.ordered_shape), [*map(order.index, sorted(order))]
+        )
         return (value.astype(dtype) + delta.astype(dtype)).astype(value.dtype)
 
 
 def parse_label(
     path: trees.Path, params: Container[trees.Path] = ()
-) -> tuple[trees.Path, tuple[int, ...] | None]:
-    """The kernel's path, and its input axes if the label says them, from that of its scales.
+) -> tuple[trees.Path, KernelAxes | None]:
+    """The kernel's path, and its axes if the label says them, from that of its scales.
 
     Args:
       path: of the scales.
@@ -105,13 +132,16 @@ def parse_label(
         if it were a label, "h[0]".
 
     Example:
-      >>> parse_label(("attn", "q", "w[0,2]")), parse_label(("mlp", "up"))
-      ((('attn', 'q', 'w'), (0, 2)), (('mlp', 'up', 'kernel'), None))
+      >>> parse_label(("attn", "q", "w[0,2]"))
+      (('attn', 'q', 'w'), KernelAxes(stacked=(), inputs=(0, 2)))
+      >>> parse_label(("moe", "w[0;1]")), parse_label(("mlp", "up"))
+      ((('moe', 'w'), KernelAxes(stacked=(0,), inputs=(1,))), (('mlp', 'up', 'kernel'), None))
     """
-    found = re.fullmatch(r"(.+)\[([\d,]+)\]", path[-1]) if path else None
+    found = re.fullmatch(r"(.+)\[(?:([\d,]+);)?([\d,]+)\]", path[-1]) if path else None
     if not found or (*path, "kernel") in params:
         return (*path, "kernel"), None
-    return (*path[:-1], found[1]), tuple(int(i) for i in found[2].split(","))
+    axes = (tuple(int(i) for i in some.split(",")) if some else () for some in found.groups()[1:])
+    return (*path[:-1], found[1]), KernelAxes(*axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +223,8 @@ class Site:
 
     @property
     def count(self) -> int:
-        """How many kernels it stands for: the adapted layers of its stack."""
-        return math.prod(self.stack.adapted_sizes)
+        """How many matrices it stands for: of the adapted layers of its stack, and in each."""
+        return math.prod((*self.stack.adapted_sizes, *self.kernel.stack_sizes))
 
     @property
     def stored_shape(self) -> Shape:
@@ -232,5 +262,6 @@ class Site:
         first, *others = (layer[i] for i in self.kernel.gamma_axes)
         # Several axes are one in gamma, of which only the first, the slowest, can be divided.
         along = None if any(others) or first is None or not followed(first) else first
-        join = self.stack.join
-        return {LAMBDA: join((None, None), stack), GAMMA: join((None, along), stack)}
+        own = [layer[i] for i in self.kernel.stacked]
+        join = lambda *axes: self.stack.join((*own, *axes), stack)
+        return {LAMBDA: join(None, None), GAMMA: join(None, along)}

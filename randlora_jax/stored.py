@@ -9,6 +9,7 @@ from typing import Any
 from randlora_jax import trees
 from randlora_jax.bases import check_rank
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.equations import KernelAxes
 from randlora_jax.ops.dot_general import check_fit
 from randlora_jax.sites import GAMMA, LAMBDA, SCALES, Kernel, Shape, Site, Stack, parse_label
 from randlora_jax.stacks import part_of_stack
@@ -98,7 +99,7 @@ def stack_axes(stored: Shape, layer: Shape, *others: tuple[Shape, Shape]) -> tup
 
 def _readings(
     where: trees.Path,
-    labelled: tuple[int, ...] | None,
+    labelled: KernelAxes | None,
     dtype: Any,
     shapes: Sequence[Shape],
     config: RandLoraConfig,
@@ -114,7 +115,8 @@ def _readings(
     else:
         layers = None
     found: dict[tuple[int, int], Site] = {}
-    for axes in _axes_of_stacks(len(lam) - 2, len(shape)):
+    within = len(labelled.stacked) if labelled else 0
+    for axes in _axes_of_stacks(len(lam) - 2 - within, len(shape)):
         if found:
             break  # the sizes seldom allow another
         split = _split_all((shape, lam, gamma), axes)
@@ -122,9 +124,12 @@ def _readings(
             continue
         layer, *of_scales = split[0]
         stack = Stack(axes, Stack(axes).split(shapes[0])[1], layers)
-        for inputs in [labelled] if labelled else [tuple(range(i)) for i in range(1, len(layer))]:
-            kernel = Kernel(layer, inputs, where[-1], dtype)
-            if max(inputs) < len(layer) and [*kernel.scale_shapes(of_scales[0][0])] == of_scales:
+        guessed = (KernelAxes((), tuple(range(i))) for i in range(1, len(layer)))
+        for stacked, inputs in [labelled] if labelled else guessed:
+            if max((*stacked, *inputs)) >= len(layer):
+                continue
+            kernel = Kernel(layer, inputs, where[-1], dtype, stacked)
+            if [*kernel.scale_shapes(of_scales[0][-2])] == of_scales:
                 found.setdefault(kernel.features, Site(where[:-1], kernel, stack))
     if not found:
         raise ValueError(

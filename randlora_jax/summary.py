@@ -35,9 +35,9 @@ def summary(
     Args:
       variables: as `adapt` returned them; `jax.ShapeDtypeStruct`s will do.
       config: the adapter's.
-      tokens: how many one device sees in a step. With it the table says of each layer which way
-        its update is computed, forward and backward, and the step's operations over those of the
-        frozen layer.
+      tokens: how many one device sees in a step; of experts, each of them. With it the table says
+        of each layer which way its update is computed, forward and backward, and the step's
+        operations over those of the frozen layer.
       strategy: as it is given to the model.
       shardings: as `randlora_jax.sharding` gives them, by default those of the arrays. On several
         devices the table says what each of them holds.
@@ -94,7 +94,7 @@ def summary(
 
 def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str, ...]:
     """(way forward, way backward, operations over those of the frozen layer)."""
-    m = math.prod(kernel.scale_shapes(r)[0])
+    m = math.prod(kernel.scale_shapes(r)[0][-2:])
     ways = cheapest(tokens, *kernel.features, m, strategy)
     frozen = 4 * tokens * math.prod(kernel.features)
     over = sum(product_flops(tokens, *kernel.features, m, *ways)) / frozen

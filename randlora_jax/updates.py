@@ -122,11 +122,9 @@ def run(
     """
     rule, kernel = rule_for(call.cls), updates[0].kernel
     alone = rule is not None and {u.kernel for u in updates} == {kernel}
-    if rule is not None and alone and kernel.name == rule.kernel and call.method == "__call__":
+    if rule is not None and alone and _is_its_product(call, rule, kernel):
         _check_equation(call, rule, kernel)
-        if told is not None:
-            axes = dict(enumerate(told.kernel))
-            told = dataclasses.replace(told, kernel=tuple(axes.get(i, ()) for i in kernel.order))
+        told = _told_in_order(told, kernel) if told else None
         operation = RandLoraDotGeneral(
             bases, [u.scales for u in updates], [u.dropout for u in updates], strategy, told
         )
@@ -138,16 +136,30 @@ def run(
     return _on_changed_kernels(call, updates, bases)
 
 
+def _is_its_product(call: Call, rule: LayerRule, kernel: Kernel) -> bool:
+    """Whether the call is one of a layer with this one kernel."""
+    return call.method == "__call__" and [*rule.kernels_of(call.layer)] == [kernel.name]
+
+
+def _told_in_order(told: Told, kernel: Kernel) -> Told:
+    """What is told of a kernel, in the order in which a product has its axes."""
+    axes = dict(enumerate(told.kernel))
+    of = lambda some: tuple(axes.get(i, ()) for i in some)
+    matrix = (*kernel.input_axes, *kernel.output_axes)
+    return dataclasses.replace(told, kernel=of(matrix), stacked=of(kernel.stacked))
+
+
 def _check_equation(call: Call, rule: LayerRule, kernel: Kernel) -> None:
     """Raises a ValueError for a call with another equation than the scales were made for."""
-    if rule.input_axes is not None or rule.layer_axes is not None:
+    if rule.kernels_of(call.layer)[kernel.name] is not None:
         return
     equation = equations.equation_of(call.layer, call.args, call.kwargs)
-    axes = equations.input_axes(equation, kernel.shape) if equation else kernel.input_axes
-    if axes != kernel.input_axes:
+    axes = equations.kernel_axes(equation, kernel.shape) if equation else kernel.axes
+    if axes != kernel.axes:
         raise ValueError(
-            f"the call's equation has the kernel's axes {axes} as inputs, but the scales were made "
-            f"for {kernel.input_axes}: register_layer's input_axes says which"
+            f"the call's equation has the kernel's axes {axes.inputs} as inputs and "
+            f"{axes.stacked} as a stack, but the scales were made for {kernel.input_axes} and "
+            f"{kernel.stacked}: register_layer's input_axes says which"
         )
 
 
@@ -174,10 +186,12 @@ def _through_product(
         return operation(*args, **kwargs)
 
     def einsum_op(equation, x, value, **options):
-        contract = equations.contracted_axes(equation, x.ndim, kernel.input_axes)
-        if contract is None:
+        found = equations.product_of(equation, x.shape, kernel.shape, kernel.axes)
+        if found is None or not found.in_order:
             return jnp.einsum(equation, x, value, **options)
-        dims = ((contract, tuple(range(len(contract)))), ((), ()))
+        stacked, inputs = len(found.batch), len(found.contract)
+        ours = tuple(range(stacked, stacked + inputs)), tuple(range(stacked))
+        dims = ((found.contract, ours[0]), (found.batch, ours[1]))
         return dot_general(x, jnp.transpose(value, kernel.order), dims, **options)
 
     layer = call.layer
@@ -207,22 +221,23 @@ def _with_update_added(
     if call.cls is not rule.layer or not rule.plain or equation is None or len(arrays) != 1:
         return None
     (x,) = arrays
-    contract = equations.contracted_axes(equation, x.ndim, kernel.input_axes)
-    if contract is None or not jnp.issubdtype(x.dtype, jnp.floating):
+    found = equations.product_of(equation, x.shape, kernel.shape, kernel.axes)
+    if found is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
-    shape = tuple(kernel.shape[i] for i in kernel.order)
-    if not operation.is_better_beside(x, contract, shape):
+    product = x, found.batch, found.contract, kernel.ordered_shape
+    if not operation.is_better_beside(*product):
         return None
-    y = call.run()
-    return _Computed(y + operation.update(x, contract, shape).astype(y.dtype))
+    y, update = call.run(), operation.update(*product)
+    return _Computed(y + jnp.transpose(update, found.order).astype(y.dtype))
 
 
 def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> Any:
     """Runs a module on kernels with the updates in them, where it can't be told of a product."""
     A, B = bases["randlora_A"], bases["randlora_B"]
     deltas = [delta_weight(A, B, *u.scales, *u.kernel.features, 1.0) for u in updates]
-    dropped = [u for u in updates if u.dropout]
-    registered = rule_for(call.cls) is not None
+    dropped, rule = [u for u in updates if u.dropout], rule_for(call.cls)
+    # What has several kernels is no linear layer, and has no one input.
+    registered = rule is not None and len(rule.kernels_of(call.layer)) == 1
     if not dropped or (registered and call.method != "__call__"):  # only a call has the input
         sums: dict[Kernel, jax.Array] = {}
         for update, delta in zip(updates, deltas, strict=True):

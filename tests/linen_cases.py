@@ -48,29 +48,35 @@ def update(A, B, lam, gamma, in_features, out_features, scaling):
     return scaling * (M.T if in_features <= out_features else M)
 
 
-def stacked_update(shape, stack, inputs, bases, lam, gamma, scaling):
+def stacked_update(shape, stack, inputs, stacked, bases, lam, gamma, scaling):
     """The update of a stack, each layer by itself: `stack` names its axes, outermost first."""
     if stack:
         axis, *rest = stack
         inner = [n for i, n in enumerate(shape) if i != axis % len(shape)]
-        one = lambda lam, gamma: stacked_update(inner, rest, inputs, bases, lam, gamma, scaling)
+        one = lambda lam, gamma: stacked_update(
+            inner, rest, inputs, stacked, bases, lam, gamma, scaling
+        )
         return jax.vmap(one, axis, axis)(lam, gamma)
-    order = [*inputs, *(i for i in range(len(shape)) if i not in inputs)]
-    sides = math.prod(shape[i] for i in inputs), math.prod(shape[i] for i in order[len(inputs) :])
-    delta = update(*bases, lam, gamma, *sides, scaling)
+    outputs = [i for i in range(len(shape)) if i not in (*inputs, *stacked)]
+    sides = (math.prod(shape[i] for i in axes) for axes in (inputs, outputs))
+    one = functools.partial(update, *bases)
+    for _ in stacked:  # the scales of each expert are in front
+        one = jax.vmap(one, (0, 0, None, None, None))
+    delta, order = one(lam, gamma, *sides, scaling), [*stacked, *inputs, *outputs]
     return jnp.transpose(delta.reshape([shape[i] for i in order]), np.argsort(order))
 
 
 def plus_update(params, scales, bases, kernels, scaling):
     """The parameters with each kernel of `kernels` as W + dW, computed in their own dtype."""
     params, scales = dict(trees.items(params)), dict(trees.items(scales))
-    for name, (inputs, stack) in kernels.items():
-        path = tuple(name.split("/"))
-        plain = path[-1] == "kernel" and inputs == tuple(range(len(inputs)))
-        label = () if plain else (f"{path[-1]}[{','.join(map(str, inputs))}]",)
+    for name, (inputs, stack, *others) in kernels.items():
+        path, stacked = tuple(name.split("/")), others[0] if others else ()
+        plain = path[-1] == "kernel" and inputs == tuple(range(len(inputs))) and not stacked
+        listed = ";".join(",".join(map(str, axes)) for axes in (stacked, inputs) if axes)
+        label = () if plain else (f"{path[-1]}[{listed}]",)
         pair = (scales[(*path[:-1], *label, f"randlora_{s}")] for s in ("lambda", "gamma"))
         W = params[path]
-        params[path] = W + stacked_update(W.shape, stack, inputs, bases, *pair, scaling)
+        params[path] = W + stacked_update(W.shape, stack, inputs, stacked, bases, *pair, scaling)
     return trees.build(params)
 
 
@@ -83,18 +89,19 @@ class Case:
     """A base model and what is known of its kernels.
 
     Attributes:
-      kernels: for each adapted kernel, its input axes within one layer, and its stack's axes.
+      kernels: for each adapted kernel, its input axes within one layer, and its stack's axes; and
+        the axes within one layer along which it is a stack itself, if it is one.
       before, after: the base's arguments around the arrays, which are no arrays themselves.
       exact: the base as float64 can run it, where `base` fixes a dtype of its own.
     """
 
     base: nn.Module
     arrays: tuple[jax.Array, ...]
-    kernels: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    kernels: Mapping[str, tuple[tuple[int, ...], ...]]
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
     exact: nn.Module | None = None
-    parameters: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tolerance: float = 2e-5
 

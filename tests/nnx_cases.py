@@ -88,6 +88,38 @@ CASES = {
         {"w": ((1,), ())},
         (1, 2, D),
     ),
+    "einsum_experts": (
+        lambda: Einsum("ecd,edf->ecf", (4, D, 8), (4, 1, 8), rngs=nnx.Rngs(0)),
+        {"kernel": ((1,), (), (0,))},
+        (4, 5, D),
+    ),
+    "einsum_experts_apart": (
+        lambda: Einsum("gecd,dekf->kgecf", (D, 4, 2, 8), rngs=nnx.Rngs(0)),
+        {"kernel": ((0,), (), (1,))},
+        (3, 4, 5, D),
+    ),
+    "own_experts": (
+        lambda: OwnEinsum("gecd,ekfd->kgecf", (4, 2, 3, D), rngs=nnx.Rngs(0)),
+        {"w": ((3,), (), (0,))},
+        (1, 4, 5, D),
+    ),
+    "plain_experts": (
+        lambda: PlainEinsum("gecd,ekfd->kgecf", (4, 2, 3, D), rngs=nnx.Rngs(0)),
+        {"w": ((3,), (), (0,))},
+        (1, 4, 1, D),
+    ),
+    "general_experts": (
+        lambda: nnx.LinearGeneral(
+            (2, D), (3, 2), axis=(1, -1), batch_axis={0: 4}, rngs=nnx.Rngs(0)
+        ),
+        {"kernel": ((1, 2), (), (0,))},
+        (4, 2, 5, D),
+    ),
+    "general_batches": (
+        lambda: nnx.LinearGeneral(D, 3, batch_axis={0: 4, 1: 2}, rngs=nnx.Rngs(0)),
+        {"kernel": ((2,), (), (0, 1))},
+        (4, 2, 5, D),
+    ),
     "attention": (attention, {**HEADS, "out/kernel": ((0, 1), ())}, (2, 5, D)),
     "list": (
         lambda: MLP(rngs=nnx.Rngs(0)),

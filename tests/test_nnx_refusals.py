@@ -47,12 +47,7 @@ def test_a_kernel_that_two_modules_hold_is_refused():
             "counts layers along the first axis",
         ),
         (
-            lambda: nnx.LinearGeneral(D, 4, batch_axis={0: 5}, rngs=nnx.Rngs(0)),
-            {},
-            "batch_axis.*exclude_modules",
-        ),
-        (
-            lambda: nnx.Einsum("ni,nio->no", (5, D, 3), rngs=nnx.Rngs(0)),
+            lambda: nnx.Einsum("ni,ni->n", (5, D), rngs=nnx.Rngs(0)),
             {},
             "no linear map by one kernel",
         ),

@@ -14,6 +14,7 @@ from flax.linen.module import InterceptorContext
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.equations import KernelAxes
 from randlora_jax.left_out import Seen, may_be_kernels
 from randlora_jax.linen.calls import OurCall, deterministic_of, method_of, unbound
 from randlora_jax.registry import (
@@ -34,17 +35,14 @@ from randlora_jax.stored import stack_axes
 from randlora_jax.targets import Selection
 
 
-def _dense_axes(layer: Any) -> tuple[int, ...]:
-    if layer.batch_dims:
-        raise ValueError(
-            f"a DenseGeneral with batch_dims={layer.batch_dims} is no map by one kernel: give its "
-            "name to exclude_modules"
-        )
-    return tuple(range(1 if isinstance(layer.axis, int) else len(layer.axis)))
+def _dense_general(layer: Any) -> dict[str, KernelAxes]:
+    stacked, inputs = len(layer.batch_dims), 1 if isinstance(layer.axis, int) else len(layer.axis)
+    axes = KernelAxes(tuple(range(stacked)), tuple(range(stacked, stacked + inputs)))
+    return {"kernel": axes}
 
 
 add_rule(LayerRule(nn.Dense, input_axes=(0,), product="dot_general"))
-add_rule(LayerRule(nn.DenseGeneral, layer_axes=_dense_axes, product="dot_general"))
+add_rule(LayerRule(nn.DenseGeneral, _dense_general, product="dot_general"))
 add_rule(LayerRule(nn.Einsum, plain=True))
 for _name in ["Embed", "Conv", "ConvLocal", "ConvTranspose", "PReLU"]:
     add_no_linear_layer(getattr(nn, _name))
@@ -72,7 +70,12 @@ def discover(
     _, kwargs = deterministic_of(call, args, kwargs)
     leaves, treedef = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    arrays = [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+    # Undivided, as the parameters are that the trace makes: types of both must agree in `nn.vmap`.
+    arrays = [
+        jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype)
+        for a, leaf in zip(is_array, leaves, strict=True)
+        if a
+    ]
 
     def trace(arrays, seen):
         arrays = iter(arrays)
@@ -139,18 +142,20 @@ def adaptable(
     own = module.variables.get("params", {})
     found: dict[Kernel, str] = {}
     rule = rule_for(type(module))
-    if rule is not None and rule.kernel in own:
-        value = trees.unboxed(own[rule.kernel])
+    for label in own.keys() & rule.kernels_of(module).keys() if rule is not None else ():
+        assert rule is not None
+        value = trees.unboxed(own[label])
         try:
-            kernel = rule.describe(module, value, config.fan_in_fan_out, call)
+            kernel = rule.describe(module, label, value, config.fan_in_fan_out, call)
         except ValueError as error:
             if targets.selection(config, name) is not Selection.NO:
                 raise ValueError(f"{trees.shown(module.path)}: {error}") from None
         else:
             found |= {} if kernel is None else {kernel: name}
     values = {k: trees.unboxed(leaf) for k, leaf in own.items() if not isinstance(leaf, Mapping)}
-    for path, kernel in raw_kernels(name, values, parameters).items():
-        found.setdefault(kernel, path)
+    for path, (kernel, stack) in raw_kernels(name, values, parameters).items():
+        if not stack.axes:  # else it is seen from outside of a lifted layer, and inside again
+            found.setdefault(kernel, path)
     return found
 
 
@@ -205,7 +210,8 @@ class Discovery:
         kernels = adaptable(module, name, self.config, self.parameters, call)
         is_target = targets.selection(self.config, name) is not Selection.NO
         if rule is not None and call is not None and is_target and module.path not in self.decided:
-            check_has_kernel(rule, name, module.variables.get("params", {}), self.config)
+            kernels_of = rule.kernels_of(module)
+            check_has_kernel(kernels_of, name, module.variables.get("params", {}), self.config)
         if rule is not None and call is None and is_target and name not in kernels.values():
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))

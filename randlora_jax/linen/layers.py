@@ -109,7 +109,7 @@ class Interceptor:
                 names = [scale_name(scale, adapter) for scale in SCALES]
                 if names[0] in beside:
                     lam, gamma = (trees.unboxed(beside[name]) for name in names)
-                    if lam.ndim > 2:
+                    if lam.ndim > 2 + len(kernel.stacked):
                         break  # the outside of a lifted layer, which comes again inside
                     number = trees.unboxed(beside.get(scale_name(NUMBER, adapter)))
                     scales, dropout = (lam, gamma), self._dropout(module, config, number)
@@ -178,9 +178,10 @@ def _scaled_kernels(
         # Scales alone, and no parameters of a module that is called so.
         ours = isinstance(leaf, Mapping) and leaf and all(map(is_scale, leaf))
         if axes is not None and labelled in params and labelled not in claimed and ours:
-            value = trees.unboxed(params[labelled])
-            if trees.unboxed(next(iter(leaf.values()))).ndim == 2:  # else outside of a lifted layer
-                found[Kernel(value.shape, axes, labelled, value.dtype)] = name
+            value, scale = (trees.unboxed(a) for a in (params[labelled], next(iter(leaf.values()))))
+            if scale.ndim == 2 + len(axes.stacked):  # else outside of a lifted layer
+                kernel = Kernel(value.shape, axes.inputs, labelled, value.dtype, axes.stacked)
+                found[kernel] = name
     shapes = {  # of any adapter's, for they agree
         key.partition(":")[0]: trees.unboxed(leaf).shape
         for key, leaf in params.items()

@@ -25,6 +25,7 @@ from randlora_jax.linen.adapting import ADDED, adapted_variables, base_of, inter
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.registry import Parameters
 from randlora_jax.sites import Site, is_scale
 
 Method = Callable[..., Any] | str | None
@@ -46,7 +47,9 @@ class RandLora(nn.Module):
         same bases. Then `"randlora"` holds a tree for each name.
       active: the names whose updates are summed; all by default, () for the base alone.
       parameters: raw parameters to adapt, which belong to no layer: by path, or suffix of one at
-        a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}.
+        a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}; or with an
+        equation "x, kernel -> y", {"moe.gate": "ecd,edf->ecf"}, of which an axis that all three
+        share is a stack: each expert has scales of its own, however the model uses them.
       deterministic: switches the adapter's dropout off, where the call does not say so. As for
         `nn.Dropout`, one of the two must, if `randlora_dropout` is not 0.
       strategy: "auto" picks the way with fewer operations for the number of tokens at hand;
@@ -74,7 +77,7 @@ class RandLora(nn.Module):
     base: nn.Module
     config: RandLoraConfig | Mapping[str, RandLoraConfig]
     active: tuple[str, ...] | None = None
-    parameters: Mapping[str, tuple[int, ...]] = nn.FrozenDict()
+    parameters: Parameters = nn.FrozenDict()
     deterministic: bool | None = None
     strategy: Strategy = "auto"
     bases_dtype: DTypeLike = jnp.float32

@@ -40,6 +40,7 @@ from randlora_jax.nnx.state import (
     set_config,
     variables,
 )
+from randlora_jax.registry import Parameters
 from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import SCALES, Site, scale_name
 
@@ -71,7 +72,7 @@ def insert(
     config: RandLoraConfig,
     *,
     values: trees.Tree | None = None,
-    parameters: Mapping[str, tuple[int, ...]] | None = None,
+    parameters: Parameters | None = None,
     rngs: nnx.Rngs | None = None,
     data_axes: Sequence[str] | None = None,
 ) -> None:

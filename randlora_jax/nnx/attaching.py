@@ -60,7 +60,7 @@ def attach(
         before = layer.randlora_layer.kernels if adapted else ()
         told = layer.randlora_layer.told if adapted else ()
         # By name and axes: a model may have been cast meanwhile.
-        together = {(k.name, k.input_axes): k for k in (*before, *kernels)}
+        together = {(k.name, k.axes): k for k in (*before, *kernels)}
         layer.randlora_layer = AdaptedLayer(tuple(together.values()), active, strategy, told)
         take_class(layer, adapted=True, root="randlora_config" in vars(layer))
         settle(layer, model)

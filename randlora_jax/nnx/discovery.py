@@ -11,6 +11,7 @@ from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.equations import KernelAxes
 from randlora_jax.left_out import Seen, may_be_kernels, warn_of_left_out
 from randlora_jax.registry import (
     LayerRule,
@@ -30,13 +31,10 @@ from randlora_jax.targets import Selection
 Modules = Mapping[trees.Path, nnx.Module]
 
 
-def _linear_general_axes(layer: Any) -> tuple[int, ...]:
-    if layer.batch_axis:
-        raise ValueError(
-            f"a LinearGeneral with batch_axis={dict(layer.batch_axis)} is no map by one kernel: "
-            "give its name to exclude_modules"
-        )
-    return tuple(range(len(layer.in_features)))
+def _linear_general(layer: Any) -> dict[str, KernelAxes]:
+    stacked, inputs = len(layer.batch_axis), len(layer.in_features)
+    axes = KernelAxes(tuple(range(stacked)), tuple(range(stacked, stacked + inputs)))
+    return {"kernel": axes}
 
 
 _RULES = (
@@ -48,11 +46,16 @@ _RULES = (
     ),
     LayerRule(
         nnx.LinearGeneral,
-        layer_axes=_linear_general_axes,
+        _linear_general,
         product="dot_general",
         kernel_shape=lambda x: (*x.batch_axis.values(), *x.in_features, *x.out_features),
     ),
-    LayerRule(nnx.Einsum, product="einsum_op", kernel_shape=lambda layer: layer.kernel_shape),
+    LayerRule(
+        nnx.Einsum,
+        product="einsum_op",
+        plain=True,
+        kernel_shape=lambda layer: layer.kernel_shape,
+    ),
 )
 for _rule in _RULES:
     add_rule(_rule)
@@ -100,15 +103,16 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
         name, rule = trees.dotted(path), rule_for(type(module))
         own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
         own = {k: v for k, v in own.items() if not k.startswith("randlora_")}
-        known[name] = original_class(module), rule is not None and rule.kernel in own
+        kernels = rule.kernels_of(module) if rule is not None else {}
+        known[name] = original_class(module), bool(kernels.keys() & own.keys())
         if rule is not None and targets.selection(config, name) is not Selection.NO:
-            check_has_kernel(rule, name, own, config)
-            if rule.kernel in own:
-                sites.append(_site(path, module, rule, own[rule.kernel].get_value(), config))
+            check_has_kernel(kernels, name, own, config)
+            for label in kernels.keys() & own.keys():
+                sites.append(_site(path, module, rule, label, own[label].get_value(), config))
         values = {label: variable.get_value() for label, variable in own.items()}
         paths += [(*path, label) for label in own]
-        for target, kernel in raw_kernels(name, values, parameters).items():
-            sites.append(Site(path, kernel))
+        for target, (kernel, stack) in raw_kernels(name, values, parameters).items():
+            sites.append(Site(path, kernel, stack))
             known[target] = original_class(module), True
     check_parameters(parameters, map(trees.dotted, paths))
     shapes = {path: v.get_value().shape for path, v in variables_of(modules[()], nnx.Param).items()}
@@ -135,13 +139,13 @@ def variable_of(modules: Modules, site: Site) -> nnx.Variable[Any]:
 
 
 def _site(
-    path: trees.Path, module: Any, rule: LayerRule, value: Any, config: RandLoraConfig
+    path: trees.Path, module: Any, rule: LayerRule, label: str, value: Any, config: RandLoraConfig
 ) -> Site:
     try:
-        axes = rule.stack_axes(module, value.shape)
+        axes = rule.stack_axes(module, label, value.shape)
         layer, sizes = Stack(axes).split(value.shape)
         struct = jax.ShapeDtypeStruct(layer, value.dtype)
-        kernel = rule.describe(module, struct, config.fan_in_fan_out, ((), {}))
+        kernel = rule.describe(module, label, struct, config.fan_in_fan_out, ((), {}))
         assert kernel is not None  # a call was given, if without arguments
     except ValueError as error:
         raise ValueError(f"{trees.shown(path)}: {error}") from None

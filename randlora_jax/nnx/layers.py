@@ -79,7 +79,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         lam, gamma = (scale.get_value() for scale in scales_of(module, kernel, adapter))
         mask = getattr(module, scale_name("randlora_rows", adapter), None)
         if mask is not None:
-            lam = lam * mask.get_value().astype(lam.dtype)
+            lam = lam * mask.get_value().reshape((1,) * lam.ndim).astype(lam.dtype)
         strength = bases.get(scale_name(STRENGTH, adapter))
         if strength is not None:
             lam = lam * strength.astype(lam.dtype)

@@ -19,6 +19,7 @@ from randlora_jax import checkpoint, merging, trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.equations import equation_for
 from randlora_jax.initial import initial_values
 from randlora_jax.nnx.attaching import (
     Adapters,
@@ -43,7 +44,7 @@ from randlora_jax.nnx.state import (
     variables,
 )
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import rule_for
+from randlora_jax.registry import Axes, Parameters, rule_for
 from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import Site, parse_label
 from randlora_jax.stored import scale_pairs
@@ -55,7 +56,7 @@ class InjectOptions(TypedDict, total=False):
     """The options of `inject` that `load_adapter` takes too."""
 
     active: tuple[str, ...] | None
-    parameters: Mapping[str, tuple[int, ...]] | None
+    parameters: Parameters | None
     strategy: Strategy
     rngs: nnx.Rngs | None
     bases_dtype: jax.typing.DTypeLike
@@ -67,7 +68,7 @@ def inject(
     config: RandLoraConfig | Mapping[str, RandLoraConfig],
     *,
     active: tuple[str, ...] | None = None,
-    parameters: Mapping[str, tuple[int, ...]] | None = None,
+    parameters: Parameters | None = None,
     strategy: Strategy = "auto",
     rngs: nnx.Rngs | None = None,
     bases_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -86,7 +87,9 @@ def inject(
         same bases. Then the names of their scales end in ":chat".
       active: the names whose updates are summed; all by default, () for the base alone.
       parameters: raw parameters to adapt, which belong to no layer and no stack: by path, or suffix
-        of one at a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}.
+        of one at a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}; or with
+        an equation "x, kernel -> y", {"moe.gate": "ecd,edf->ecf"}, of which an axis that all three
+        share is a stack: each expert has scales of its own, however the model uses them.
       strategy: "auto" picks the way with fewer operations; "merged" and "factored" force one.
       rngs: where `randlora_dropout` draws from, its stream "dropout". `model.eval()` and
         `model.train()` switch the dropout as they do `nnx.Dropout`.
@@ -193,15 +196,19 @@ def load_adapter(
     return config
 
 
-def _raw_parameters(model: nnx.Module, values: trees.Tree) -> dict[str, tuple[int, ...]]:
+def _raw_parameters(model: nnx.Module, values: trees.Tree) -> dict[str, Axes]:
     """What `inject` calls `parameters`, as the labels of scales tell it."""
     modules, params = modules_of(model), dict(trees.items(values["params"]))
-    found = {}
-    for path, _ in scale_pairs(values["randlora"]):
+    found: dict[str, Axes] = {}
+    for path, (lam, _) in scale_pairs(values["randlora"]):
         where, axes = parse_label(path, params)
-        rule = rule_for(type(modules[where[:-1]])) if where[:-1] in modules else None
-        if axes is not None and (rule is None or rule.kernel != where[-1]):
-            found[trees.dotted(where)] = axes
+        module = modules.get(where[:-1])
+        rule = rule_for(type(module)) if module is not None else None
+        known = rule.kernels_of(module) if rule is not None else ()
+        if axes is not None and where[-1] not in known:
+            outer = trees.unboxed(lam).ndim - 2 - len(axes.stacked)  # a stack of layers
+            ndim = trees.unboxed(params[where]).ndim - outer
+            found[trees.dotted(where)] = equation_for(axes, ndim) if outer else axes
     return found
 
 

@@ -18,7 +18,10 @@ from jax.sharding import PartitionSpec as P
 Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
 Axes = tuple[str, ...]  # axes of a mesh
 
-_MAPPED = "v"  # how the names of factors begin that `jax.vmap` adds
+
+def mapped_factor(number: int) -> str:
+    """The name of a factor that `Division.mapped` adds, counted from the innermost."""
+    return f"v{number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Told:
     Attributes:
       tokens: the axes of the mesh that divide each axis of tokens.
       kernel: and each of the kernel's axes, in the order in which it is given.
+      stacked: and those of a kernel that is a stack itself.
+      stack: all that divide the stack that the layer is in.
       bases: and the rows of `randlora_B`, which serve all layers.
     """
 
@@ -54,10 +59,13 @@ class Told:
     tokens: tuple[Axes, ...]
     kernel: tuple[Axes, ...]
     bases: Axes = ()
+    stacked: tuple[Axes, ...] = ()
+    stack: Axes = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         devices_are_no_data = self.mesh.abstract_mesh
-        return Told, (devices_are_no_data, self.tokens, self.kernel, self.bases)
+        others = self.tokens, self.kernel, self.bases, self.stacked, self.stack
+        return Told, (devices_are_no_data, *others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +167,7 @@ class Division:
 
     def mapped(self, names: frozenset[str]) -> Division:
         """That of `jax.vmap` over the first axis of these operands, and of all results."""
-        factor = f"{_MAPPED}{sum(f.startswith(_MAPPED) for f in self.first)}"
+        factor = mapped_factor(sum(f.startswith(mapped_factor(0)[0]) for f in self.first))
         over = lambda part: dataclasses.replace(part, factors=(factor, *part.factors))
         return dataclasses.replace(
             self,

@@ -23,7 +23,8 @@ from randlora_jax.ops.product_vjp import product
 from randlora_jax.ops.products import accumulation_dtype, factors
 from randlora_jax.ops.spec import Spec
 
-Scales = tuple[jax.Array, jax.Array]  # lambda (r, n), gamma (n, min(in, out))
+# lambda (..., r, n), gamma (..., n, min(in, out)), where a kernel is a stack of matrices itself
+Scales = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ def delta_weight(
 
     Args:
       randlora_A: (r, 1, min_dim), randlora_B: (max_dim, num_bases, r), of at least this layer.
-      randlora_lambda: (r, n), randlora_gamma: (n, min(in, out)).
+      randlora_lambda: (..., r, n), randlora_gamma: (..., n, min(in, out)).
       scaling: `randlora_alpha / r`.
 
     Returns:
-      (in_features, out_features), float32 or wider.
+      (..., in_features, out_features), float32 or wider.
 
     Raises:
       ValueError: where the shapes don't fit the layer.
@@ -74,15 +75,26 @@ def delta_weight(
     check_fit(bases, features, (randlora_lambda.shape, randlora_gamma.shape))
     dtype = accumulation_dtype(randlora_lambda.dtype)
     small, large = sorted((in_features, out_features))
-    V = randlora_B[:large, : randlora_lambda.shape[1]].reshape(large, -1)
-    scales = (randlora_lambda * scaling)[None], randlora_gamma[None]
-    inputs_are_small = in_features <= out_features
-    left, right = factors(randlora_A[:, 0, :small], V, *scales, inputs_are_small, dtype)
-    return jnp.matmul(left, right, preferred_element_type=dtype)
+    A = randlora_A[:, 0, :small]
+    V = randlora_B[:large, : randlora_lambda.shape[-1]].reshape(large, -1)
+
+    def one(lam, gamma):
+        scales = lam[None], gamma[None]
+        left, right = factors(A, V, *scales, in_features <= out_features, dtype)
+        return jnp.matmul(left, right, preferred_element_type=dtype)
+
+    for _ in range(randlora_lambda.ndim - 2):
+        one = jax.vmap(one)
+    return one(randlora_lambda * scaling, randlora_gamma)
 
 
 def check_fit(bases: Bases, features: tuple[int, int], shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raises a ValueError where scales don't fit the layer, or bases are too small for it."""
+    """Raises a ValueError where scales don't fit the layer, or bases are too small for it.
+
+    Args:
+      features: (in, out), of each matrix.
+      shapes: of lambda and gamma, of which the last two axes count.
+    """
     A, B = bases["randlora_A"], bases["randlora_B"]
     small, large = sorted(features)
     named = " x ".join(map(str, features))
@@ -91,9 +103,9 @@ def check_fit(bases: Bases, features: tuple[int, int], shapes: Sequence[tuple[in
     for name, given, shape in zip(
         ("randlora_lambda", "randlora_gamma"), shapes, ((r, n), (n, small)), strict=True
     ):
-        if tuple(given) != shape:
+        if tuple(given)[-2:] != shape:
             raise ValueError(
-                f"{name} has shape {tuple(given)}, but a kernel of {named} "
+                f"{name} has shape {tuple(given)[-2:]}, but a kernel of {named} "
                 f"with r={r} needs {shape}: is it from another model or another r?"
             )
     if A.shape[2] < small or B.shape[0] < large or B.shape[1] < n or B.shape[2] != r:
@@ -141,18 +153,21 @@ class RandLoraDotGeneral:
         preferred_element_type: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """`lax.dot_general` of x and the kernel, its input axes first, with the updates in it."""
-        (contract, kernel_axes), (batch, _) = dimension_numbers
-        if batch or tuple(kernel_axes) != tuple(range(len(contract))):
+        """`lax.dot_general` of x and the kernel, with the updates in it.
+
+        The kernel's axes are those of a stack, if it is one, then the inputs, then the outputs.
+        """
+        (contract, kernel_axes), (batch, stacked) = dimension_numbers
+        if (*stacked, *kernel_axes) != tuple(range(len(batch) + len(contract))):
             raise ValueError(
-                f"dimension_numbers={dimension_numbers}: an adapted kernel has its input axes "
-                "first and no batch axes"
+                f"dimension_numbers={dimension_numbers}: an adapted kernel has its batch axes "
+                "first, and then its input axes"
             )
-        features = _features(rhs.shape, contract)
+        _, ins, outs = _split(rhs.shape, len(batch), len(contract))
         for lam, gamma in self.scales:
-            check_fit(self.bases, features, (lam.shape, gamma.shape))
+            check_fit(self.bases, (math.prod(ins), math.prod(outs)), (lam.shape, gamma.shape))
         options = {"preferred_element_type": preferred_element_type, **options}
-        call = lhs, tuple(contract), rhs.shape, precision
+        call = lhs, tuple(batch), tuple(contract), rhs.shape, precision
         if self.dot_general is None:
             return self._product(*call, rhs, **options)
         y = self.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
@@ -161,6 +176,7 @@ class RandLoraDotGeneral:
     def update(
         self,
         x: jax.Array,
+        batch: tuple[int, ...],
         contract: tuple[int, ...],
         kernel_shape: tuple[int, ...],
         precision: Any = None,
@@ -169,34 +185,39 @@ class RandLoraDotGeneral:
         """x . dW alone, for a layer that has computed x . W by itself.
 
         Args:
-          x: contracted along the axes `contract`.
-          kernel_shape: with the input axes first, in the order of `contract`.
+          x: its axes `batch` meet those of a stack, and `contract` the inputs.
+          kernel_shape: (batch..., inputs..., outputs...), each in the order of x's.
           precision, **options: as for `lax.dot_general`.
         """
-        return self._product(x, contract, kernel_shape, precision, None, **options)
+        return self._product(x, batch, contract, kernel_shape, precision, None, **options)
 
     def is_better_beside(
-        self, x: jax.Array, contract: tuple[int, ...], kernel_shape: tuple[int, ...]
+        self,
+        x: jax.Array,
+        batch: tuple[int, ...],
+        contract: tuple[int, ...],
+        kernel_shape: tuple[int, ...],
     ) -> bool:
         """Whether `update` is cheaper than adding dW to the kernel, of which it would be a sum."""
         if any(self.dropouts):
             return True
-        features = _features(kernel_shape, contract)
-        tokens = math.prod(x.shape) // features[0]
-        m = math.prod(self.scales[0][0].shape)
-        cost = lambda merge: sum(product_flops(tokens, *features, m, merge, merge))
+        sizes = (math.prod(part) for part in _split(kernel_shape, len(batch), len(contract)))
+        matrices, ins, outs = sizes
+        tokens = math.prod(x.shape) // (matrices * ins)
+        m = math.prod(self.scales[0][0].shape[-2:])
+        cost = lambda merge: sum(product_flops(tokens, ins, outs, m, merge, merge))
         cheaper = not isinstance(tokens, int) or cost(merge=False) < cost(merge=True)
         return self.strategy == "factored" or (self.strategy == "auto" and cheaper)
 
     def _product(
-        self, x, contract, kernel_shape, precision, kernel,
+        self, x, batch, contract, kernel_shape, precision, kernel,
         preferred_element_type=None, out_sharding=None,
     ) -> jax.Array:  # fmt: skip
-        tokens, rates = x.ndim - len(contract), [d.rate if d else 0.0 for d in self.dropouts]
+        tokens = x.ndim - len(batch) - len(contract)
         spec = Spec(
-            tokens, len(contract), kernel_shape, kernel is not None, precision,
-            preferred_element_type, self.strategy, tuple(rates) if any(rates) else (),
-            _out_axes(out_sharding, tokens), self.told,
+            tokens, len(contract), kernel_shape[len(batch) :], kernel is not None, precision,
+            preferred_element_type, self.strategy, self._rates,
+            _out_axes(out_sharding, len(batch) + tokens), self.told, len(batch),
         )  # fmt: skip
         A, B = self.bases["randlora_A"], self.bases["randlora_B"]
         operands = {"x": x, "A": A, "B": B, "scales": tuple(self.scales)}
@@ -205,16 +226,22 @@ class RandLoraDotGeneral:
         if spec.rates:
             kept = (d.keep(x) if d else jnp.ones_like(x, bool) for d in self.dropouts)
             operands["keep"] = tuple(kept)
-        y = product(spec, contract, operands)
+        y = product(spec, batch, contract, operands)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
+    @property
+    def _rates(self) -> tuple[float, ...]:
+        """Of each adapter's dropout, if there is one."""
+        rates = tuple(d.rate if d else 0.0 for d in self.dropouts)
+        return rates if any(rates) else ()
 
-def _out_axes(out_sharding: Any, tokens: int) -> tuple[tuple[str, ...], ...]:
-    """The mesh's axes that are wanted for each axis of the outputs."""
+
+def _out_axes(out_sharding: Any, others: int) -> tuple[tuple[str, ...], ...]:
+    """The mesh's axes that are wanted for each axis of the outputs, behind others of the result."""
     spec = getattr(out_sharding, "spec", out_sharding) or ()
-    return tuple(mesh_axes(entry) for entry in tuple(spec)[tokens:])
+    return tuple(mesh_axes(entry) for entry in tuple(spec)[others:])
 
 
-def _features(kernel_shape, contract) -> tuple[int, int]:
-    inputs = len(contract)
-    return math.prod(kernel_shape[:inputs]), math.prod(kernel_shape[inputs:])
+def _split(shape: tuple[int, ...], stacked: int, inputs: int) -> tuple[tuple[int, ...], ...]:
+    """A kernel's sizes: of the stack, of the inputs, of the outputs."""
+    return shape[:stacked], shape[stacked : stacked + inputs], shape[stacked + inputs :]

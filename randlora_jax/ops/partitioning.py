@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,10 +49,20 @@ def per_device(
     ):
         results = division.in_order(function)(*arrays)
     elif AxisType.Explicit in types:
-        results = _told_by_types(function, division, current, arrays)
+        results = _mappable(_told_by_types, function, division, current)(*arrays)
     else:
-        results = _told_by_compiler(function, division)(*arrays)
+        results = _mappable(_told_by_compiler, function, division)(*arrays)
     return {name: x for (name, _), x in zip(division.results, results, strict=True)}
+
+
+def over_stack(
+    function: Callable[..., Arrays], division: Division, count: int, shared: Container[str]
+) -> tuple[Callable[..., Arrays], Division]:
+    """A function and its division for stacks: with leading axes of all that is not shared."""
+    names = frozenset(name for name, _ in division.operands if name not in shared)
+    for _ in range(count):
+        function, division = _Mapped(function, names), division.mapped(names)
+    return function, division
 
 
 def _symbolic(arrays: Sequence[jax.Array]) -> bool:
@@ -153,15 +164,18 @@ def _psum(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=wide, default=lambda x: jax.lax.psum(x, axes))
 
 
-def _told_by_types(function, division: Division, mesh, operands):
-    shapes = [x.shape for x in operands]
-    specs = [jax.typeof(x).sharding.spec for x in operands]
-    axes = division.assign(shapes, specs, mesh.shape, by_type=True)
-    in_specs, _ = division.specs(axes)
-    # By the mesh too, which need not be the current one.
-    placed = (NamedSharding(mesh, spec) for spec in in_specs)
-    operands = [jax.sharding.reshard(x, s) for x, s in zip(operands, placed, strict=True)]
-    return _in_shard_map(function, division, mesh, axes, operands)
+def _told_by_types(function, division: Division, mesh):
+    def run(*operands):
+        shapes = [x.shape for x in operands]
+        specs = [jax.typeof(x).sharding.spec for x in operands]
+        axes = division.assign(shapes, specs, mesh.shape, by_type=True)
+        in_specs, _ = division.specs(axes)
+        # By the mesh too, which need not be the current one.
+        where = (NamedSharding(mesh, spec) for spec in in_specs)
+        placed = [jax.sharding.reshard(x, s) for x, s in zip(operands, where, strict=True)]
+        return tuple(_in_shard_map(function, division, mesh, axes, placed))
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,18 +212,23 @@ def _told_by_compiler(function, division: Division):
         sharding_rule=division.rule(),
         need_replication_factors=tuple(f for f in factors if f in division.undivided),
     )
+    # A further derivative has no rule for it: it sees the undivided function.
+    run = jax.custom_jvp(lambda *operands: divided(*operands))
+    run.defjvp(lambda primals, tangents: jax.jvp(in_order, primals, tangents))
+    return run
 
-    mappable = custom_vmap(lambda *operands: divided(*operands))
+
+@functools.lru_cache(maxsize=4096)
+def _mappable(divide: Callable, function: Callable[..., Arrays], division: Division, *others: Any):
+    """`divide(function, division, *others)`, of which `jax.vmap` divides the mapped axis too."""
+    mappable = custom_vmap(lambda *operands: divide(function, division, *others)(*operands))
 
     @mappable.def_vmap
     def _(size, batched, *operands):
         del size
         flags = zip(division.operands, batched, strict=True)
         names = frozenset(name for (name, _), is_batched in flags if is_batched)
-        mapped = _told_by_compiler(_Mapped(function, names), division.mapped(names))
+        mapped = _mappable(divide, _Mapped(function, names), division.mapped(names), *others)
         return mapped(*operands), (True,) * len(division.results)
 
-    # A further derivative has no rule for it: it sees the undivided function.
-    run = jax.custom_jvp(lambda *operands: mappable(*operands))
-    run.defjvp(lambda primals, tangents: jax.jvp(in_order, primals, tangents))
-    return run
+    return mappable

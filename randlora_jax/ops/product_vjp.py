@@ -11,22 +11,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from randlora_jax.ops.partitioning import Arrays, divided_like, per_device, varying_alike
+from randlora_jax.ops.partitioning import (
+    Arrays,
+    divided_like,
+    over_stack,
+    per_device,
+    varying_alike,
+)
 from randlora_jax.ops.products import Backward, Forward, KernelGradient, pass_of
-from randlora_jax.ops.spec import Spec
+from randlora_jax.ops.spec import SHARED, Spec
 
 
 def _forward(spec, operands):
-    sliced, division = _sliced(spec, operands), spec.division(backward=False)
-    result = per_device(pass_of(Forward, spec), division, sliced, spec.mesh)
-    return result["y"], operands
+    run = over_stack(pass_of(Forward, spec), spec.division(backward=False), spec.stacked, SHARED)
+    return per_device(*run, _sliced(spec, operands), spec.mesh)["y"], operands
 
 
 def _backward(spec, operands, dy):
     x, kernel = operands["x"], operands.get("kernel")
     both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
-    division = spec.division(backward=True)
-    found = per_device(pass_of(Backward, spec), division, both, spec.mesh)
+    run = over_stack(pass_of(Backward, spec), spec.division(backward=True), spec.stacked, SHARED)
+    found = per_device(*run, both, spec.mesh)
     gradients = {
         "x": divided_like(found["dx"], x),
         "lam": divided_like(found["d_lam"], operands["lam"]),
@@ -34,7 +39,8 @@ def _backward(spec, operands, dy):
         **dict.fromkeys({"A", "B", "keep"} & set(operands)),
     }
     if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
-        found = per_device(KernelGradient(spec), spec.kernel_gradient_division, both, spec.mesh)
+        run = over_stack(KernelGradient(spec), spec.kernel_gradient_division, spec.stacked, SHARED)
+        found = per_device(*run, both, spec.mesh)
         gradients["kernel"] = divided_like(found["d_kernel"].astype(kernel.dtype), kernel)
     return (gradients,)
 
@@ -43,12 +49,12 @@ def _sliced(spec: Spec, operands: Arrays) -> Arrays:
     """The layer's own part of the bases, A and V, and gamma, in the kernel's own axes."""
     small, large = spec.small_large
     A, B, gamma = (operands[name] for name in ("A", "B", "gamma"))
-    (_, r, n), size = operands["lam"].shape, math.prod(small)
+    (r, n), size = operands["lam"].shape[-2:], math.prod(small)
     return {
         **operands,
         "A": A[:, 0, :size].reshape(r, *small),
         "V": _rows(B[:, :n], large).reshape(*large, n * r),  # column b * r + k
-        "gamma": gamma.reshape(*gamma.shape[:2], *small),
+        "gamma": gamma.reshape(*gamma.shape[:-1], *small),
     }
 
 
@@ -66,18 +72,26 @@ _product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnu
 _product.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def product(spec: Spec, contract: tuple[int, ...], operands: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def product(
+    spec: Spec, batch: tuple[int, ...], contract: tuple[int, ...], operands: Any
+) -> jax.Array:
     """x . (W + dW), or x . dW, of operands as a layer has them, x contracted along any axes.
 
     Layers that are alike are traced once, and calls that are not traced are compiled.
+
+    Args:
+      batch: the axes of x that meet those of a stack of kernels, which are first in all results.
+      contract: those that meet the inputs.
     """
-    tokens = [i for i in range(operands["x"].ndim) if i not in contract]
-    inputs_last = lambda x: lax.transpose(x, (*tokens, *contract))  # nothing to do, mostly
-    operands = {**operands, "x": inputs_last(operands["x"])}
-    operands["lam"], operands["gamma"] = map(jnp.stack, zip(*operands.pop("scales"), strict=True))
+    tokens = [i for i in range(operands["x"].ndim) if i not in (*batch, *contract)]
+    in_order = lambda x: lax.transpose(x, (*batch, *tokens, *contract))  # nothing to do, mostly
+    of_adapters = functools.partial(jnp.stack, axis=len(batch))
+    operands = {**operands, "x": in_order(operands["x"])}
+    scales = zip(*operands.pop("scales"), strict=True)
+    operands["lam"], operands["gamma"] = map(of_adapters, scales)
     if "keep" in operands:
-        operands["keep"] = jnp.stack([inputs_last(keep) for keep in operands["keep"]])
+        operands["keep"] = of_adapters([in_order(keep) for keep in operands["keep"]])
     operands = varying_alike(operands)
     # What is on the next line, a traceback shows: JAX's error says nothing of a way out.
     return _product(spec, operands)  # no jvp, jacfwd, linearize: use merged kernels, as in README

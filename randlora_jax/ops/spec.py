@@ -21,7 +21,9 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.ops.division import Axes, Division, Factors, Part, Told
+from randlora_jax.ops.division import Axes, Division, Factors, Part, Told, mapped_factor
+
+SHARED = frozenset(("A", "V"))  # by all layers of a stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Spec:
     rates: tuple[float, ...] = ()  # of each adapter's dropout, if there is one
     out_axes: tuple[tuple[str, ...], ...] = ()  # that divide the outputs, of a mesh with types
     told: Told | None = None
+    stacked: int = 0  # leading axes that operands and results have, but for A and V
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -101,8 +104,14 @@ class Spec:
         tokens, ins, outs = self._factors
         if self.told is None:
             return tuple(zip(outs, self.out_axes, strict=False))
-        of_tokens = zip(tokens, self.told.tokens, strict=False)
-        return *of_tokens, *zip(ins + outs, self.told.kernel, strict=False)
+        told, stack = self.told, map(mapped_factor, reversed(range(self.stacked)))
+        of_stack = tuple(zip(stack, told.stacked, strict=False))
+        of_tokens = tuple(zip(tokens, told.tokens, strict=False))
+        taken = {*told.stack, *(axis for _, axes in of_stack for axis in axes)}
+        if taken:  # tokens are dispatched to what is stacked: nothing tells which axis is which
+            every = tuple(axis for axes in told.tokens for axis in axes if axis not in taken)
+            of_tokens = tuple((factor, every) for factor in tokens)
+        return *of_stack, *of_tokens, *zip(ins + outs, told.kernel, strict=False)
 
     @property
     def _factors(self) -> tuple[Factors, Factors, Factors]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from randlora_jax import trees
+from randlora_jax.equations import KernelAxes
 from randlora_jax.sites import parse_label
 
 Place = tuple[trees.Path, int | None]  # a module's path, and its number where layers are stacked
@@ -119,7 +120,8 @@ def kernel_at(
 ) -> tuple[trees.Path, trees.Path]:
     """(path of the scales, path of the kernel)."""
     where, axes = parse_label(path, params)
-    if axes and where[-1] == "kernel" and axes == tuple(range(len(axes))):
+    plain = axes is not None and axes == KernelAxes((), tuple(range(len(axes.inputs))))
+    if plain and where[-1] == "kernel":
         return where[:-1], where  # such scales sit beside their kernel, without a label
     return path, where
 
