@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from randlora_jax import equations, targets
+from randlora_jax import equations
 from randlora_jax.config import RandLoraConfig, is_integer
 from randlora_jax.equations import KernelAxes
-from randlora_jax.sites import Kernel, Shape, Site, Stack
+from randlora_jax.known_layers import KNOWN
+from randlora_jax.sites import Kernel, Shape, Site
 from randlora_jax.stored import stack_axes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -23,8 +25,6 @@ Use = Axes | Callable[[Any, Shape, tuple[Any, ...], dict[str, Any]], Axes] | Non
 # The name of a kernel, or several with their uses; or a function of the layer that gives these.
 Kernels = str | Mapping[str, Use] | Callable[[Any], str | Mapping[str, Use]]
 
-Parameters = Mapping[str, Axes]  # raw parameters by path
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
@@ -35,7 +35,7 @@ class LayerRule:
       kernel: the names of its parameters.
       input_axes: how it uses one that is alone.
       product: the attribute that the layer multiplies with: "dot_general", "einsum_op" or None.
-      plain: whether it returns the product, and at most a bias added to it.
+      plain: whether it returns the product, and at most a bias added to it; or tells it itself.
       kernel_shape: of one layer, as the instance says it; None if it does not.
     """
 
@@ -43,8 +43,19 @@ class LayerRule:
     kernel: Kernels = "kernel"
     input_axes: Use = None
     product: str | None = None
-    plain: bool = False
+    plain: bool | Callable[[Any], bool] = False
     kernel_shape: Callable[[Any], Shape] | None = None
+
+    def is_plain(self, layer: Any) -> bool:
+        return self.plain(layer) if callable(self.plain) else self.plain
+
+    def equation(self, layer: Any, kernel: Kernel, call: Arguments) -> str | None:
+        """The equation by which a call uses a kernel, if it is one."""
+        use, (args, kwargs) = self.kernels_of(layer)[kernel.name], call
+        use = use(layer, kernel.shape, args, kwargs) if callable(use) else use
+        if use is None:
+            return equations.equation_of(layer, args, kwargs)
+        return use if equations.is_equation(use) else None
 
     def kernels_of(self, layer: Any) -> dict[str, Use]:
         """The names of an instance's kernels, and how it uses them."""
@@ -103,7 +114,7 @@ def register_layer(
     """Teaches the library a class of layers that has a kernel: `y = einsum(x, kernel)`.
 
     Subclasses are known with their class. Built in: `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`,
-    and NNX's `Linear`, `LinearGeneral` and `Einsum`.
+    NNX's `Linear`, `LinearGeneral` and `Einsum`, and the layers of gemma, MaxText and tunix.
 
     Args:
       layer: a Linen or NNX module class.
@@ -194,43 +205,13 @@ def is_no_linear_layer(cls: type) -> bool:
 
 def rule_for(cls: type) -> LayerRule | None:
     """The rule of a class, or of the nearest class that it derives from."""
-    return next((_RULES[c] for c in cls.__mro__ if c in _RULES), None)
+    return next((rule for c in cls.__mro__ if (rule := _RULES.get(c) or _known(c))), None)
 
 
-def raw_kernels(
-    module: str, values: Mapping[str, Any], parameters: Parameters
-) -> dict[str, tuple[Kernel, Stack]]:
-    """Those of a module's own parameters that are asked for by path, by their whole path.
-
-    The axes that its equation does not have are those of a stack of layers, in front.
-
-    Raises:
-      ValueError: naming the parameter, if it is not of floating point numbers.
-    """
-    found = {}
-    for label, value in values.items():
-        path, shape = f"{module}.{label}" if module else label, tuple(value.shape)
-        for pattern, use in parameters.items():
-            if targets.names_module((pattern,), path):
-                axes = outer_axes(use, shape)
-                layer, sizes = Stack(axes).split(shape)
-                kernel = _raw_kernel(path, label, layer, value.dtype, use)
-                found[path] = kernel, Stack(axes, sizes)
-    return found
-
-
-def _raw_kernel(path: str, label: str, shape: Shape, dtype: Any, use: Axes) -> Kernel:
-    try:
-        axes = kernel_axes(f"its axes {use!r} must", use, shape)
-        used = (*axes.stacked, *axes.inputs)
-        if max(used) >= len(shape) or len(used) == len(shape):
-            raise ValueError(
-                f"of shape {shape} it can't have the input axes {axes.inputs}: some of its axes "
-                "are inputs, and the others outputs"
-            )
-        return Kernel(shape, axes.inputs, label, dtype, axes.stacked)
-    except ValueError as error:
-        raise ValueError(f"parameters: {path!r}: {error}") from None
+@functools.cache
+def _known(cls: type) -> LayerRule | None:
+    fields = KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+    return LayerRule(cls, **fields) if fields else None
 
 
 def check_has_kernel(
@@ -253,32 +234,6 @@ def check_has_kernel(
             f"{name!r} has no parameter {lacking[0]!r}, the kernel of its class, but {others}: "
             f"{cure}"
         )
-
-
-def check_parameters(
-    parameters: Parameters, paths: Iterable[str], found: Iterable[str] | None = None
-) -> None:
-    """Raises a ValueError for a name of a raw parameter that matches none, or none that is adapted.
-
-    Args:
-      parameters: as users give them.
-      paths: of all parameters.
-      found: of those that are adapted, if that can be less.
-    """
-    names, adapted = list(paths), None if found is None else list(found)
-    for pattern in parameters:
-        matched = [name for name in names if targets.names_module((pattern,), name)]
-        if not matched:
-            raise ValueError(
-                f"parameters: {pattern!r} matches no parameter; the nearest are "
-                f"{targets.nearest(pattern, names)}"
-            )
-        if adapted is not None and not set(matched) & set(adapted):
-            raise ValueError(
-                f"parameters: {pattern!r} matches {matched[0]!r}, whose module does not run on "
-                "these inputs: give adapt inputs, or a method, that run it; or whose axes are "
-                f"others than in {parameters[pattern]!r}"
-            )
 
 
 def check_orientation(sites: Iterable[Site], config: RandLoraConfig) -> None:

@@ -216,9 +216,10 @@ def _with_update_added(
     call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
 ) -> _Computed | None:
     """Runs a plain layer on its own kernel and adds x . dW, where that is cheaper."""
-    equation = equations.equation_of(call.layer, call.args, call.kwargs)
+    equation = rule.equation(call.layer, kernel, (call.args, call.kwargs))
     arrays = [a for a in (*call.args, *call.kwargs.values()) if hasattr(a, "ndim")]
-    if call.cls is not rule.layer or not rule.plain or equation is None or len(arrays) != 1:
+    plain = call.cls is rule.layer and rule.is_plain(call.layer)
+    if not plain or equation is None or len(arrays) != 1:
         return None
     (x,) = arrays
     found = equations.product_of(equation, x.shape, kernel.shape, kernel.axes)

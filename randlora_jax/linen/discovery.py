@@ -17,16 +17,14 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.equations import KernelAxes
 from randlora_jax.left_out import Seen, may_be_kernels
 from randlora_jax.linen.calls import OurCall, deterministic_of, method_of, unbound
+from randlora_jax.raw_parameters import Parameters, check_parameters, raw_kernels
 from randlora_jax.registry import (
     Arguments,
     LayerRule,
-    Parameters,
     add_no_linear_layer,
     add_rule,
     check_has_kernel,
     check_orientation,
-    check_parameters,
-    raw_kernels,
     rule_for,
 )
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, Shape, Site, Stack

@@ -23,7 +23,8 @@ from randlora_jax.linen.calls import OurCall, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import Arguments, Parameters
+from randlora_jax.raw_parameters import Parameters
+from randlora_jax.registry import Arguments
 from randlora_jax.sites import (
     GAMMA,
     LAMBDA,

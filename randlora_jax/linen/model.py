@@ -25,7 +25,7 @@ from randlora_jax.linen.adapting import ADDED, adapted_variables, base_of, inter
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import Parameters
+from randlora_jax.raw_parameters import Parameters
 from randlora_jax.sites import Site, is_scale
 
 Method = Callable[..., Any] | str | None

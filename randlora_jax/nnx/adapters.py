@@ -40,7 +40,7 @@ from randlora_jax.nnx.state import (
     set_config,
     variables,
 )
-from randlora_jax.registry import Parameters
+from randlora_jax.raw_parameters import Parameters
 from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import SCALES, Site, scale_name
 

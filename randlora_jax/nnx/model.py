@@ -44,7 +44,8 @@ from randlora_jax.nnx.state import (
     variables,
 )
 from randlora_jax.ops.costs import Strategy
-from randlora_jax.registry import Axes, Parameters, rule_for
+from randlora_jax.raw_parameters import Parameters
+from randlora_jax.registry import Axes, rule_for
 from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import Site, parse_label
 from randlora_jax.stored import scale_pairs
