@@ -10,6 +10,14 @@ is the plain weights of the base.
 """
 
 from randlora_jax.peft.folders import load_adapter, module_names, save_adapter
-from randlora_jax.peft.names import NameMap, llama_name_map
+from randlora_jax.peft.name_maps import NameMap, gemma_name_map, llama_name_map, tunix_name_map
 
-__all__ = ["NameMap", "llama_name_map", "load_adapter", "module_names", "save_adapter"]
+__all__ = [
+    "NameMap",
+    "gemma_name_map",
+    "llama_name_map",
+    "load_adapter",
+    "module_names",
+    "save_adapter",
+    "tunix_name_map",
+]

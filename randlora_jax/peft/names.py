@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Container, Mapping
@@ -12,56 +11,12 @@ import numpy as np
 
 from randlora_jax import trees
 from randlora_jax.equations import KernelAxes
+from randlora_jax.peft.name_maps import Place, parts_of
 from randlora_jax.sites import parse_label
 
-Place = tuple[trees.Path, int | None]  # a module's path, and its number where layers are stacked
 Names = Callable[[str], Any] | Mapping[str, Any] | None
 NameOf = Callable[[trees.Path, int | None], str | None]  # the way back, from a place
 Shapes = Mapping[trees.Path, tuple[int, ...]]  # of the base's parameters
-
-
-@dataclasses.dataclass(frozen=True)
-class NameMap:
-    """Renames modules by their first parts, in both directions; the first pair that fits counts.
-
-    Attributes:
-      prefixes: (torch's, Flax's) pairs of dotted prefixes. `{}` in torch's stands for the number of
-        a layer in a stack, whose kernels have a leading axis in Flax.
-
-    Example:
-      >>> name_map = NameMap((("transformer.h.{}", "blocks"), ("transformer", "")))
-      >>> name_map("transformer.h.3.mlp.c_fc"), name_map("transformer.wte")
-      ((('blocks', 'mlp', 'c_fc'), 3), ('wte',))
-      >>> name_map.inverse(("blocks", "mlp", "c_fc"), 3)
-      'transformer.h.3.mlp.c_fc'
-    """
-
-    prefixes: tuple[tuple[str, str], ...]
-
-    def __call__(self, name: str) -> trees.Path | Place | None:
-        for theirs, ours in self.prefixes:
-            pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)") + (r"(?:\.|$)" if theirs else "")
-            found = re.match(pattern, name)
-            if found:
-                path = (*_parts(ours), *_parts(name[found.end() :]))
-                return (path, int(found[1])) if found.groups() else path
-        return None
-
-    def inverse(self, path: trees.Path, index: int | None = None) -> str | None:
-        """The name of the module at a place, None if the place has none."""
-        for theirs, ours in self.prefixes:
-            head = _parts(ours)
-            if path[: len(head)] == head:
-                if ("{}" in theirs) != (index is not None):
-                    return None
-                return ".".join((*_parts(theirs.format(index)), *path[len(head) :]))
-        return None
-
-
-llama_name_map: NameMap = NameMap(
-    (("model.layers.{}", "layers"), ("lm_head", "lm_head"), ("score", "score"), ("model", ""))
-)
-"""Hugging Face's names of a Llama onto a Flax one with `nn.scan`, that of `examples/smollm2.py`."""
 
 
 def place_of(name_map: Names, name: str) -> Place:
@@ -86,7 +41,7 @@ def place_of(name_map: Names, name: str) -> Place:
     index: int | None = None
     if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[1], "__index__"):
         path, index = value[0], int(value[1])
-    path = _parts(path) if isinstance(path, str) else path
+    path = parts_of(path) if isinstance(path, str) else path
     good = isinstance(path, (tuple, list)) and all(isinstance(part, str) for part in path)
     if not good or any(not part or re.search(r"[/\\\0]", part) for part in path):
         raise ValueError(
@@ -195,7 +150,3 @@ def _refuse_square(path, sides, conv1d):
             "an nn.Linear or of a Conv1D, its transpose, and nothing tells: leave it out of "
             "modules_to_save"
         )
-
-
-def _parts(name: str) -> trees.Path:
-    return tuple(name.split(".")) if name else ()
