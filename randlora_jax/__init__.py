@@ -3,7 +3,13 @@
 from randlora_jax import adapters, peft
 from randlora_jax.bases import draw as draw_bases
 from randlora_jax.budget import matching_config, num_parameters
-from randlora_jax.checkpoint import AdapterRestore, AdapterSave, load_adapter, save_adapter
+from randlora_jax.checkpoint import (
+    AdapterRestore,
+    AdapterSave,
+    load_adapter,
+    pin_adapter,
+    save_adapter,
+)
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.merging import merge
 from randlora_jax.ops import RandLoraDotGeneral, delta_weight
@@ -30,6 +36,7 @@ __all__ = [
     "num_parameters",
     "partition",
     "peft",
+    "pin_adapter",
     "register_layer",
     "save_adapter",
     "sharding",

@@ -95,17 +95,23 @@ def check_same_config(saved: RandLoraConfig, wanted: RandLoraConfig) -> None:
 
     The message has the fields that differ; it follows the adapter's name.
     """
+    differ = differences(saved, wanted)
+    if differ:
+        raise ValueError(
+            f"has another config than the model: {differ}. Build the model with the config that "
+            "load_adapter returns, as RandLora(base_model, config)"
+        )
+
+
+def differences(saved: RandLoraConfig, wanted: RandLoraConfig) -> str:
+    """The fields of a saved config and a model's by which they compute or train otherwise."""
     differ = []
     for field in dataclasses.fields(RandLoraConfig):
         pair = [getattr(config, field.name) for config in (saved, wanted)]
         there, here = (_meaning(field.name, value) for value in pair)
         if field.name not in _OF_NO_WEIGHT and there != here:
             differ.append(f"{field.name} is {pair[0]!r} there and {pair[1]!r} in the model")
-    if differ:
-        raise ValueError(
-            f"has another config than the model: {'; '.join(differ)}. Build the model with the "
-            "config that load_adapter returns, as RandLora(base_model, config)"
-        )
+    return "; ".join(differ)
 
 
 def _meaning(field: str, value: Any) -> Any:
