@@ -38,32 +38,35 @@ def parse(argv=None):
 
 
 def load(layers=None):
-    """tunix's Llama with SmolLM2's weights."""
-    from tunix.models.llama3 import model as llama3
+    """SmolLM2 as tunix has it: a Qwen 2 whose biases are zero; its Llama has one rope_theta."""
+    from tunix.models.qwen2 import model as qwen2
 
     sizes, params = gguf_weights.load()
-    layers = layers or sizes.layers
-    config = llama3.ModelConfig(
-        num_layers=layers, vocab_size=sizes.vocab_size, embed_dim=sizes.hidden_size,
-        hidden_dim=sizes.ffn_size, num_heads=sizes.heads, head_dim=sizes.head_size,
-        num_kv_heads=sizes.kv_heads, rope_theta=int(sizes.rope_theta), norm_eps=sizes.norm_eps,
-        weight_tying=True,
+    config = qwen2.ModelConfig(
+        num_layers=layers or sizes.layers, vocab_size=sizes.vocab_size,
+        embed_dim=sizes.hidden_size, hidden_dim=sizes.ffn_size, num_heads=sizes.heads,
+        head_dim=sizes.head_size, num_kv_heads=sizes.kv_heads, rope_theta=int(sizes.rope_theta),
+        norm_eps=sizes.norm_eps, use_tied_embedding=True,
     )  # fmt: skip
-    model = nnx.eval_shape(lambda: llama3.Llama3(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
     state = nnx.state(model)
     for path, variable in nnx.to_flat_state(state):
-        variable.set_value(_weight(params, *path).reshape(variable.shape))
+        weight = _weight(params, *path)
+        shape, dtype = variable.shape, variable.dtype
+        variable.set_value(jnp.zeros(shape, dtype) if weight is None else weight.reshape(shape))
     nnx.update(model, state)
     return model
 
 
 def _weight(params, part, *rest):
-    """The weight at a place in tunix's tree, in SmolLM2's own: layers are stacked there."""
+    """The weight at a place in tunix's tree, in SmolLM2's own, where layers are stacked."""
     if part == "embedder":
         return params["embed_tokens"]["embedding"]
     if part == "final_norm":
         return params["norm"]["scale"]
-    number, *names, _ = rest
+    number, *names, last = rest
+    if last.endswith("_bias"):
+        return None
     names = ["self_attn" if name == "attn" else name for name in names]
     node = trees.get(params["layers"], tuple(names))
     return node.get("kernel", node.get("scale"))[number]
