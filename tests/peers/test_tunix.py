@@ -14,8 +14,6 @@ from tunix.sft import utils as sft
 import randlora_jax as rl
 from randlora_jax.nnx import RandLoraParam, inject, load_adapter, merge, variables
 
-rl.register_layer(llama3.Einsum, kernel="w")
-
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = rl.RandLoraConfig(r=4, randlora_alpha=8.0, target_modules=SEVEN)
 LLAMA = llama3.ModelConfig(
