@@ -40,6 +40,10 @@ def _experts_of_maxtext(layer: Any) -> dict[str, str]:
 
 _EINSUM: dict[str, Any] = {"kernel": "w", "plain": True}
 _GEMMAS: dict[str, Any] = {"kernel": _named, "plain": True}
+_MAXTEXTS: dict[str, Any] = {
+    "kernel": _dense_of_maxtext,
+    "kernel_shape": lambda layer: (*layer.in_features_shape, *layer.out_features_shape),
+}
 # What `registry.LayerRule` has, by the class's qualified name.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     "gemma.gm.nn._layers.Einsum": _GEMMAS,
@@ -47,11 +51,8 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     "gemma.gm.nn.gemma4._layers.Einsum": {"kernel": _named, "plain": _unscaled},
     "gemma.gm.nn.gemma4._layers.ClippedEinsum": {"kernel": _named},
     "gemma.gm.nn.gemma4._moe._Weight": {"kernel": _experts_of_gemma},
-    "maxtext.layers.linears.DenseGeneral": {
-        "kernel": _dense_of_maxtext,
-        "plain": True,
-        "kernel_shape": lambda layer: (*layer.in_features_shape, *layer.out_features_shape),
-    },
+    "maxtext.layers.linears.DenseGeneral": {**_MAXTEXTS, "plain": True},
+    "maxtext.layers.moe.GateLogit": _MAXTEXTS,
     "maxtext.layers.moe.RoutedMoE": {"kernel": _experts_of_maxtext},
     "maxtext.models.gemma3.Einsum": _EINSUM,
     "tunix.models.gemma.model.Einsum": _EINSUM,
