@@ -26,6 +26,14 @@ class Model(nn.Module):
         return q * jax.nn.sigmoid(v)
 
 
+class Moe(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        shapes = {"wi": (4, 8, 16), "wo": (4, 16, 8)}
+        wi, wo = (self.param(n, nn.initializers.normal(), s) for n, s in shapes.items())
+        return jnp.stack([nn.gelu(x[e] @ wi[e]) @ wo[e] for e in range(4)])
+
+
 class NnxModel(nnx.Module):
     def __init__(self, rngs):
         self.q_proj, self.v_proj = (nnx.Linear(8, 16, rngs=rngs) for _ in range(2))
@@ -39,6 +47,10 @@ def blocks():
     for part in re.split(r"^(?=## )", README.read_text(), flags=re.M):
         for code in re.findall(r"```python\n(.*?)```", part, flags=re.S):
             yield part.splitlines()[0], code
+
+
+# These need a Llama that PEFT adapted, and tunix: test_peft_smollm2.py and peers have them.
+ELSEWHERE = ("## PEFT", "## Other people's models")
 
 
 def is_of_nnx(code):
@@ -55,6 +67,8 @@ def names(folder):
         "x": x,
         "batch": x,
         "microbatches": jnp.stack([x, x]),
+        "Moe": Moe,
+        "dispatched": jnp.ones((4, 3, 8)),
         "loss_of": lambda y: jnp.mean(jnp.square(y - 1)),
         "path": folder / "adapter",
         "folder": folder / "steps",
@@ -75,12 +89,12 @@ def test_every_block_of_code_runs(tmp_path):
     linen, _ = names(tmp_path)
     ran = []
     for heading, code in blocks():
-        if heading == "## PEFT":
-            continue  # it needs a Llama that PEFT adapted: test_peft_smollm2.py has one
+        if heading in ELSEWHERE:
+            continue
         _, of_nnx = names(tmp_path)
         run(heading, code, {**linen, "nnx": nnx, **of_nnx} if is_of_nnx(code) else linen)
         ran.append(heading)
-    others = ["## Recipes"] * 3 + ["## On many devices"] * 5
+    others = ["## Recipes"] * 4 + ["## On many devices"] * 5
     assert ran == ["## Use it in your own script"] * 2 + others
     assert (linen["folder"] / "steps" / "1" / "adapter").is_dir()
     assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()

@@ -12,6 +12,7 @@ from tunix.sft import peft_trainer
 
 import randlora_jax as rl
 from randlora_jax.nnx import RandLoraParam, inject, remove, variables
+from tests import test_readme
 from tests.pods import exchanged
 
 CONFIG = rl.RandLoraConfig(r=4, randlora_alpha=40.0, target_modules="all-linear")
@@ -162,3 +163,20 @@ def test_devices_exchange_the_gradients_of_scales_beyond_the_base_s():
     # Einsum layers of tunix's own run on changed kernels, whose gradients are summed.
     kernels = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Param)) if a.ndim == 3)
     assert ours <= base + 1.05 * trains + kernels + 256
+
+
+def test_the_readme_s_block_runs(tmp_path):
+    model = make(None)
+    remove(model)
+    options = peft_trainer.TrainingConfig(
+        eval_every_n_steps=100, max_steps=2, checkpoint_root_directory=str(tmp_path / "steps")
+    )
+    names = {
+        "inject": inject, "variables": variables, "rl": rl, "optax": optax, "model": model,
+        "config": CONFIG, "options": options, "path": tmp_path / "adapter",
+        "batches": [inputs(batch) for batch in batches(2)],
+    }  # fmt: skip
+    (code,) = (c for heading, c in test_readme.blocks() if heading == "## Other people's models")
+    exec(code, names)
+    assert names["trainer"].train_steps == 2
+    assert (tmp_path / "adapter").is_dir()

@@ -14,6 +14,15 @@ class Model(nn.Module):
         return nn.Dense(16, name="v_proj")(nn.Dense(16, name="q_proj")(x))
 
 
+class Moe(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+dispatched = jnp.ones((4, 3, 8))
+
+
 def loss_of(y: Any) -> jax.Array:
     return jnp.mean(jnp.square(y - 1))
 

@@ -37,7 +37,7 @@ def linen(base: nn.Module, config: rl.RandLoraConfig, x: jax.Array) -> None:
     RandLora(base, "all-linear")  # wrong: str
     RandLora(base, config, active="chat")  # wrong: active
     RandLora(base, config, deterministic="no")  # wrong: deterministic
-    RandLora(base, config, parameters={"w": 1})  # wrong: int
+    RandLora(base, config, parameters={"w": 1.5})  # wrong: float
     RandLora(config, base)  # wrong: RandLoraConfig
     RandLora(base, {"chat": 3})  # wrong: int
     model = RandLora(base, config)
@@ -103,5 +103,5 @@ def layers(layer: nn.Dense) -> None:
     rl.register_layer(nn.Dense, plane=True)  # wrong: plane
     rl.register_layer(nn.Dense, plain="yes")  # wrong: plain
     rl.register_layer(nn.Dense, kernel=3)  # wrong: kernel
-    rl.register_layer(nn.Dense, input_axes="in")  # wrong: input_axes
+    rl.register_layer(nn.Dense, input_axes=1.5)  # wrong: input_axes
     rl.register_layer(layer)  # wrong: Dense
