@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.placement import has_values, placed_like, whole
 
 Bases = dict[str, jax.Array]
 
@@ -116,7 +116,7 @@ def resized(config: RandLoraConfig, bases: Mapping[str, Any], max_dim: int, min_
 
     def put(old, new):
         part = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
-        return new.astype(old.dtype).at[part].set(old[part])
+        return new.astype(old.dtype).at[part].set(whole(old)[part])
 
     return {**bases, **{key: put(bases[key], drawn[key]) for key in ("randlora_A", "randlora_B")}}
 
@@ -133,27 +133,24 @@ def joined(config: RandLoraConfig, ours: Bases, added: Bases) -> Bases:
         raise ValueError(f"its bases are {dtypes[1]}, and those that are there {dtypes[0]}")
     max_dim, min_dim = (max(pair) for pair in zip(*sizes, strict=True))
     if (max_dim, min_dim) in sizes:
-        whole = (ours, added)[sizes.index((max_dim, min_dim))]
+        larger = (ours, added)[sizes.index((max_dim, min_dim))]
     else:
         ternary = dtypes[0] == jnp.int8
         make = lambda: draw(config, max_dim, min_dim, jnp.float32 if ternary else dtypes[0])
-        whole = make() if all(map(_has_values, ours.values())) else jax.eval_shape(make)
+        larger = make() if all(map(has_values, ours.values())) else jax.eval_shape(make)
+    if larger is not ours:
+        larger = {key: placed_like(ours.get(key), array) for key, array in larger.items()}
     for pair in (ours, added):
         for key, array in pair.items():
-            large: Any = whole.get(key, array)
-            fits = key in whole and len(large.shape) == len(array.shape)
+            large: Any = larger.get(key, array)
+            fits = key in larger and len(large.shape) == len(array.shape)
             fits = fits and all(n <= m for n, m in zip(array.shape, large.shape, strict=True))
-            if fits and _has_values(large) and _has_values(array):
-                part = large[tuple(slice(n) for n in array.shape)]
+            if fits and has_values(large) and has_values(array):
+                part = whole(large)[tuple(slice(n) for n in array.shape)]
                 fits = bool((np.asarray(part) == np.asarray(array)).all())
             if not fits:
                 raise ValueError(f"its {key} is not that which is there: it was drawn otherwise")
-    return whole
-
-
-def _has_values(array: Any) -> bool:
-    """Whether it is neither abstract nor traced."""
-    return not isinstance(array, (jax.ShapeDtypeStruct, Tracer))
+    return larger
 
 
 def sign_probability(config: RandLoraConfig, min_dim: int) -> float | None:

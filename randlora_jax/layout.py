@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
-from randlora_jax.ops.division import Told, mesh_axes
+from randlora_jax.ops.division import Told
+from randlora_jax.placement import mesh_axes
 from randlora_jax.sharding import padded, sites_by_name, spec_in, spec_of
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
-from randlora_jax.ops.division import mesh_axes
+from randlora_jax.placement import mesh_axes
 from randlora_jax.sites import GAMMA, Site
 from randlora_jax.stored import sites_of
 

@@ -33,8 +33,41 @@ def sites_of(
     Raises:
       ValueError: naming the layer, where scales, bases and kernel don't fit, or leave a choice.
     """
-    params, bases = dict(trees.items(variables["params"])), variables.get("randlora_bases")
     sites = []
+    for path, found in _all_readings(variables, config):
+        kernel_path = found[0].kernel_path
+        if known is not None and path in known:
+            features = known[path].kernel.features
+            found = [site for site in found if site.kernel.features == features]
+        if len(found) != 1 and not (guess and found):
+            choices = sorted(site.kernel.features for site in found)
+            shape = tuple(trees.unboxed(trees.get(variables["params"], kernel_path)).shape)
+            raise ValueError(
+                f"{trees.shown(path)}: a kernel of {shape} can be any of {choices} (in, out): give "
+                "the model's example inputs too, as in merge(variables, x)"
+            )
+        sites.append(found[0])
+    return sites
+
+
+def possible_features(variables: trees.Tree, config: RandLoraConfig) -> list[tuple[int, int]]:
+    """(in, out) of all kernels, each in all ways that its shapes allow.
+
+    For what must serve them all: sizes that do are those of the model too, where it has layers of
+    either kind.
+    """
+    return [s.kernel.features for _, found in _all_readings(variables, config) for s in found]
+
+
+def _all_readings(
+    variables: trees.Tree, config: RandLoraConfig
+) -> Iterator[tuple[trees.Path, list[Site]]]:
+    """For each pair of scales, all ways to read its kernel, each checked against the bases.
+
+    Raises:
+      ValueError: naming the layer, where scales, bases and kernel don't fit.
+    """
+    params, bases = dict(trees.items(variables["params"])), variables.get("randlora_bases")
     for path, scales in scale_pairs(variables["randlora"]):
         where, labelled = parse_label(path, params)
         if where not in params:
@@ -47,22 +80,12 @@ def sites_of(
             if bases is not None:
                 check_rank(config, bases)
             found = _readings(where, labelled, trees.unboxed(params[where]).dtype, shapes, config)
-            if known is not None and path in known:
-                features = known[path].kernel.features
-                found = [site for site in found if site.kernel.features == features]
-            if len(found) != 1 and not (guess and found):
-                choices = sorted(site.kernel.features for site in found)
-                raise ValueError(
-                    f"a kernel of {shapes[0]} can be any of {choices} (in, out): give the model's "
-                    "example inputs too, as in merge(variables, x)"
-                )
-            kernel = found[0].kernel
-            if bases is not None:
-                check_fit(bases, kernel.features, kernel.scale_shapes(config.r))
+            for kernel in (site.kernel for site in found):
+                if bases is not None:
+                    check_fit(bases, kernel.features, kernel.scale_shapes(config.r))
         except ValueError as error:
             raise ValueError(f"{trees.shown(path)}: {error}") from None
-        sites.append(found[0])
-    return sites
+        yield path, found
 
 
 def scale_pairs(scales: trees.Tree) -> Iterator[tuple[trees.Path, tuple[Any, Any]]]:

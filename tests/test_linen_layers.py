@@ -203,9 +203,9 @@ def test_scales_of_a_subclass_need_no_registration_of_their_own():
 
 
 def test_an_equation_that_is_no_linear_map_raises_and_names_it():
-    base = nn.Einsum((5,), "bi,i->bi", use_bias=False)
+    base = nn.Einsum((5, 3), "bi,ij->b", use_bias=False)
     model = RandLora(base, RandLoraConfig(r=R, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"bi,i->bi.*exclude_modules"):
+    with pytest.raises(ValueError, match=r"bi,ij->b.*exclude_modules"):
         model.init(jax.random.key(0), normal(0, 4, 5))
 
 

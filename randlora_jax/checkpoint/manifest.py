@@ -17,8 +17,7 @@ from randlora_jax import trees
 from randlora_jax.checkpoint.fingerprints import check_dtypes, fingerprints, name_of, shape_of
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.sites import Site
-from randlora_jax.stored import sites_of
+from randlora_jax.stored import possible_features, sites_of
 from randlora_jax.training import split
 
 FORMAT = 1
@@ -53,10 +52,10 @@ class BasesRecord:
     shared_dims: Sequence[int] | None = None
 
     @classmethod
-    def of(cls, bases: bases_lib.Bases, sites: Sequence[Site]) -> BasesRecord:
+    def of(cls, bases: bases_lib.Bases, features: Sequence[tuple[int, int]]) -> BasesRecord:
         A, B = bases["randlora_A"], bases["randlora_B"]
         sizes = B.shape[0], A.shape[2]
-        shared = bases_lib.shared_dims(site.kernel.features for site in sites) if sites else sizes
+        shared = bases_lib.shared_dims(features) if features else sizes
         other = None if shared == sizes else shared
         return cls(bases_lib.GENERATOR, *sizes, str(A.dtype), fingerprints(bases), other)
 
@@ -167,8 +166,8 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
     check_dtypes({**arrays, "randlora_bases": bases})
     bases_lib.check_rank(config, bases)
     # What is written must be readable: so it is asked what load asks.
-    sites = sites_of(variables, config, guess=True) if variables.get("params") else []
-    record = BasesRecord.of(bases, sites)
+    features = possible_features(variables, config) if variables.get("params") else []
+    record = BasesRecord.of(bases, features)
     if config.save_projection:
         arrays["randlora_bases"] = bases
     elif record.draw(config) is None:

@@ -36,10 +36,10 @@ from randlora_jax.nnx.state import (
     active_of,
     base_variables,
     config_of,
-    placed_like,
     set_config,
     variables,
 )
+from randlora_jax.placement import placed_like
 from randlora_jax.raw_parameters import Parameters
 from randlora_jax.sharding import whole_beside
 from randlora_jax.sites import SCALES, Site, scale_name
@@ -120,7 +120,10 @@ def insert(
         added = dict(values)
     # It raises where they can't be on the same bases.
     joined, configs = named.insert(variables(model), configs, name, added, config)
-    larger = joined["randlora_bases"]
+    larger = {
+        key: placed_like(getattr(model, key).get_value(), value)
+        for key, value in joined["randlora_bases"].items()
+    }
     base = {**base_variables(model), "randlora_bases": larger}
     found = given_scales(added["randlora"], config, sites, base)
     tell_left_out(modules, {name: sites}, {name: config})
@@ -134,7 +137,7 @@ def insert(
     for key, value in larger.items():
         own = getattr(model, key)
         if value.shape != own.get_value().shape:
-            own.set_value(placed_like(own.get_value(), value))
+            own.set_value(value)
     lend_again(model)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from randlora_jax import training, trees
 from randlora_jax.adapters import named
@@ -25,6 +23,8 @@ from randlora_jax.nnx.lending import (
     lend_again,
 )
 from randlora_jax.ops.dot_general import check_fit
+from randlora_jax.placement import placed_like
+from randlora_jax.sharding import spec_of
 from randlora_jax.sites import SCALES, Stack, scale_name
 from randlora_jax.stacks import part_of_stack
 
@@ -59,7 +59,8 @@ def variables(model: nnx.Module) -> dict[str, Any]:
 def update(model: nnx.Module, values: trees.Tree) -> None:
     """Puts arrays into an injected model: the inverse of `variables`.
 
-    Scales of a model that is on a mesh are divided as they were.
+    Scales of a model that is on a mesh are divided as they were, and so are bases, unless those
+    that are given are divided themselves.
 
     Args:
       values: like `variables(model)`; "params" can be left out, or have only those that change.
@@ -76,7 +77,9 @@ def update(model: nnx.Module, values: trees.Tree) -> None:
         value = spread(stack, trees.get(values["randlora"], path))
         variable.set_value(placed_like(variable.get_value(), value))
     for key, value in values["randlora_bases"].items():
-        getattr(model, key).set_value(value)
+        own = getattr(model, key)
+        divided = any(spec_of(value))
+        own.set_value(value if divided else placed_like(own.get_value(), value))
     lend_again(model)
 
 
@@ -214,13 +217,6 @@ def check_same(given: trees.Tree, expected: trees.Tree) -> None:
 def spread(stack: Stack, scales: Any) -> Any:
     """`Stack.spread`, of arrays or of abstract ones."""
     return _evaluate(stack.spread, scales)
-
-
-def placed_like(old: Any, new: Any) -> Any:
-    """The new array where the old one is, if that is on a mesh."""
-    real = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in (old, new))
-    on_mesh = real and isinstance(old.sharding, NamedSharding)
-    return jax.device_put(new, old.sharding) if on_mesh else new
 
 
 def _scales(model: nnx.Module) -> Iterator[tuple[trees.Path, nnx.Variable, Stack]]:

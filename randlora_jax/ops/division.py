@@ -15,8 +15,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from randlora_jax.placement import Axes, mesh_axes
+
 Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
-Axes = tuple[str, ...]  # axes of a mesh
 
 
 def mapped_factor(number: int) -> str:
@@ -210,10 +211,3 @@ class Division:
             return tuple(results[name] for name, _ in self.results)
 
         return run
-
-
-def mesh_axes(entry: Any) -> Axes:
-    """The mesh's axes in one entry of a PartitionSpec."""
-    if entry is None or entry is P.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
-from randlora_jax.ops.division import Told, mesh_axes
+from randlora_jax.ops.division import Told
 from randlora_jax.ops.product_vjp import product
 from randlora_jax.ops.products import accumulation_dtype, factors
 from randlora_jax.ops.spec import Spec
+from randlora_jax.placement import mesh_axes, whole
 
 # lambda (..., r, n), gamma (..., n, min(in, out)), where a kernel is a stack of matrices itself
 Scales = tuple[jax.Array, jax.Array]
@@ -76,7 +77,7 @@ def delta_weight(
     dtype = accumulation_dtype(randlora_lambda.dtype)
     small, large = sorted((in_features, out_features))
     A = randlora_A[:, 0, :small]
-    V = randlora_B[:large, : randlora_lambda.shape[-1]].reshape(large, -1)
+    V = whole(randlora_B)[:large, : randlora_lambda.shape[-1]].reshape(large, -1)
 
     def one(lam, gamma):
         scales = lam[None], gamma[None]

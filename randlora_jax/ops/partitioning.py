@@ -19,7 +19,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from randlora_jax.ops.division import Axes, Division, mesh_axes
+from randlora_jax.ops.division import Axes, Division
+from randlora_jax.placement import mesh_axes
 
 Arrays = dict[str, jax.Array]
 

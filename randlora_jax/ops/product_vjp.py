@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from randlora_jax.ops.partitioning import (
     Arrays,
@@ -20,6 +19,7 @@ from randlora_jax.ops.partitioning import (
 )
 from randlora_jax.ops.products import Backward, Forward, KernelGradient, pass_of
 from randlora_jax.ops.spec import SHARED, Spec
+from randlora_jax.placement import whole
 
 
 def _forward(spec, operands):
@@ -60,10 +60,9 @@ def _sliced(spec: Spec, operands: Arrays) -> Arrays:
 
 def _rows(B: jax.Array, large: tuple[int, ...]) -> jax.Array:
     """The rows of B that a layer of this large side reads."""
-    sharding, size = jax.typeof(B).sharding, math.prod(large)
-    divided = any(sharding.spec) and AxisType.Explicit in sharding.mesh.axis_types
-    if divided and (len(large) > 1 or size < B.shape[0]):  # nothing but all rows has such a type
-        B = jax.sharding.reshard(B, NamedSharding(sharding.mesh, PartitionSpec()))
+    size = math.prod(large)
+    if len(large) > 1 or size < B.shape[0]:  # nothing but all rows has the type of a divided B
+        B = whole(B)
     return B[:size]
 
 

@@ -13,7 +13,7 @@ from randlora_jax.peft import files
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import onto_base
 from randlora_jax.peft.names import Names
-from randlora_jax.stored import sites_of
+from randlora_jax.stored import possible_features, sites_of
 
 
 def load_adapter(
@@ -99,7 +99,7 @@ def save_adapter(
     folder = files.folder_of(directory, adapter_name)
     sites = sites_of(variables, config, guess=True)
     stacks = {site.path: site.stack for site in sites}
-    sizes = shared_dims(site.kernel.features for site in sites)
+    sizes = shared_dims(possible_features(variables, config))
     return files.write(folder, to_peft(variables, config, name_map, stacks, sizes), overwrite)
 
 

@@ -1,0 +1,46 @@
+"""Arrays where others are: on the same mesh, divided as they are, or whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Axes = tuple[str, ...]  # axes of a mesh
+
+
+def mesh_axes(entry: Any) -> Axes:
+    """The mesh's axes in one entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def has_values(array: Any) -> bool:
+    """Whether it is neither abstract nor traced."""
+    return not isinstance(array, (jax.ShapeDtypeStruct, Tracer))
+
+
+def placed_like(old: Any, new: Any) -> Any:
+    """The new array where the old one is, if that is on a mesh, as far as its sizes divide."""
+    sharding = getattr(old, "sharding", None)
+    if not (has_values(old) and has_values(new) and isinstance(sharding, NamedSharding)):
+        return new
+    parts = lambda entry: math.prod(sharding.mesh.shape[axis] for axis in mesh_axes(entry))
+    pairs = zip(sharding.spec, new.shape, strict=False)
+    spec = PartitionSpec(*(entry if size % parts(entry) == 0 else None for entry, size in pairs))
+    return jax.device_put(new, NamedSharding(sharding.mesh, spec))
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """An array that is divided by its type, on a mesh with explicit axes, whole on each device.
+
+    Otherwise nothing of another division could be computed with it.
+    """
+    sharding = jax.typeof(array).sharding
+    if not any(sharding.spec) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
