@@ -1,13 +1,11 @@
 """Mixtures of experts as people write them: kernels (experts, in, out), used in every way."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from randlora_jax import register_layer
-from tests.linen_models import GemmaEinsum
 
 EXPERTS, D, F = 4, 6, 9
 INIT = nn.initializers.normal(0.5)
@@ -133,11 +131,3 @@ class NnxScanned(nnx.Module):
     def __call__(self, x):
         run = lambda x, layer: x + layer(x)
         return nnx.scan(nnx.remat(run), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
-
-
-def dense_experts(apply, params, x):
-    """The gradient of all kernels, which no adapter asks for: to compare costs with."""
-    return jax.grad(lambda params: jnp.sum(apply({"params": params}, x) ** 2))(params)
-
-
-__all__ = ["GemmaEinsum"]

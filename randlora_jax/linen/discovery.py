@@ -140,8 +140,9 @@ def adaptable(
     own = module.variables.get("params", {})
     found: dict[Kernel, str] = {}
     rule = rule_for(type(module))
-    for label in own.keys() & rule.kernels_of(module).keys() if rule is not None else ():
-        assert rule is not None
+    for label in rule.kernels_of(module) if rule is not None else ():
+        if rule is None or label not in own:
+            continue
         value = trees.unboxed(own[label])
         try:
             kernel = rule.describe(module, label, value, config.fan_in_fan_out, call)
@@ -208,8 +209,8 @@ class Discovery:
         kernels = adaptable(module, name, self.config, self.parameters, call)
         is_target = targets.selection(self.config, name) is not Selection.NO
         if rule is not None and call is not None and is_target and module.path not in self.decided:
-            kernels_of = rule.kernels_of(module)
-            check_has_kernel(kernels_of, name, module.variables.get("params", {}), self.config)
+            own = module.variables.get("params", {})
+            check_has_kernel(rule.kernels_of(module), name, own, self.config)
         if rule is not None and call is None and is_target and name not in kernels.values():
             self.undecided.add(module.path)
         self.modules.setdefault(name, (type(module), rule is not None))

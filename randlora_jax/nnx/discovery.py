@@ -102,10 +102,11 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
         own = {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
         own = {k: v for k, v in own.items() if not k.startswith("randlora_")}
         kernels = rule.kernels_of(module) if rule is not None else {}
-        known[name] = original_class(module), bool(kernels.keys() & own.keys())
+        there = [label for label in kernels if label in own]
+        known[name] = original_class(module), bool(there)
         if rule is not None and targets.selection(config, name) is not Selection.NO:
             check_has_kernel(kernels, name, own, config)
-            for label in kernels.keys() & own.keys():
+            for label in there:
                 sites.append(_site(path, module, rule, label, own[label].get_value(), config))
         values = {label: variable.get_value() for label, variable in own.items()}
         paths += [(*path, label) for label in own]
