@@ -47,7 +47,7 @@ _MAXTEXTS: dict[str, Any] = {
 # What `registry.LayerRule` has, by the class's qualified name.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     "gemma.gm.nn._layers.Einsum": _GEMMAS,
-    "gemma.gm.nn.gemma3n._layers.Einsum": _GEMMAS,
+    "gemma.gm.nn.gemma3n._layers.Einsum": {"kernel": _named, "plain": _unscaled},
     "gemma.gm.nn.gemma4._layers.Einsum": {"kernel": _named, "plain": _unscaled},
     "gemma.gm.nn.gemma4._layers.ClippedEinsum": {"kernel": _named},
     "gemma.gm.nn.gemma4._moe._Weight": {"kernel": _experts_of_gemma},
@@ -66,3 +66,6 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
         "kernel": {"gate_proj": _OPENING, "up_proj": _OPENING, "down_proj": _CLOSING}
     },
 }
+
+# Modules that hold one of Flax's other kind.
+BRIDGES = {f"maxtext.layers.nnx_wrappers.{name}" for name in ("ToLinen", "ToNNX")}

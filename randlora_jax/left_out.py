@@ -11,6 +11,7 @@ from flax import nnx
 
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.known_layers import BRIDGES
 from randlora_jax.registry import is_no_linear_layer
 from randlora_jax.sites import Shape, Site, Stack
 from randlora_jax.targets import Selection
@@ -127,7 +128,7 @@ def _cure(
     if owner is None:
         return not_run
     cls = modules[owner]
-    if issubclass(cls, _BRIDGES):
+    if _is_bridge(cls):
         return "bridge", f"adapt the module within the {cls.__name__}, by RandLora or inject"
     if owner != trees.dotted(path[:-1]):
         return not_run
@@ -139,7 +140,10 @@ def _cure(
     return "path", f"{by_path}, with those of its axes that are inputs"
 
 
-_BRIDGES = (nnx.bridge.ToNNX, nnx.bridge.ToLinen)
+def _is_bridge(cls: type) -> bool:
+    """Whether modules of the class hold one of Flax's other kind."""
+    named = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
+    return issubclass(cls, (nnx.bridge.ToNNX, nnx.bridge.ToLinen)) or bool(named & BRIDGES)
 
 
 def _owner(path: trees.Path, modules: Mapping[str, type]) -> str | None:

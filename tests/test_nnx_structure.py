@@ -116,3 +116,14 @@ def test_summary_reads_an_injected_model():
     model = inject(MLP(rngs=nnx.Rngs(0)), CONFIG)
     text = rl.summary(variables(model), CONFIG)
     assert "layers.1.down  (8, 6)" in text and "one pair for all layers" in text
+
+
+def test_a_class_can_be_derived_from_that_of_an_injected_model():
+    """As MaxText's bridge does with every module that it is given."""
+    model = inject(MLP(rngs=nnx.Rngs(0)), CONFIG)
+    y = model(x())
+    for module in (model, model.head):
+        derived = type("Derived", (type(module),), {})
+        object.__setattr__(module, "__class__", derived)
+    np.testing.assert_array_equal(model(x()), y)
+    assert isinstance(model.head, nnx.Linear)

@@ -81,12 +81,14 @@ class _Ours:
     def __init_subclass__(cls, **options: Any) -> None:
         # A user's own, which may register subclasses or want arguments, is not told of ours.
         of_nnx: Any = nnx.Module.__init_subclass__
-        of_nnx.__func__(cls, pytree=vars(cls)["randlora_class"]._pytree__is_pytree, **options)
+        user: Any = cls.randlora_class  # type: ignore[attr-defined] # ours, or one derived from it
+        of_nnx.__func__(cls, pytree=user._pytree__is_pytree, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # As the user's class does it, with the way to ours: no module holds it by its name.
         reduced = original_class(self).__reduce_ex__(self, protocol)
-        if not isinstance(reduced, tuple):
+        derived = "randlora_maker" not in vars(type(self))  # from ours, by who knows where it is
+        if derived or not isinstance(reduced, tuple):
             return reduced
         make, arguments, *state = reduced
         if state and isinstance(state[0], dict):  # a copy is lent its bases by its own root
