@@ -21,7 +21,8 @@ def _unscaled(layer: Any) -> bool:
 
 def _experts_of_gemma(layer: Any) -> dict[str, str]:
     """Of a layer that only holds the kernel, for `ragged_dot`: its place says which it is."""
-    return {layer.weight_name: {"gating_einsum": _BOTH, "linear": _CLOSING}[layer.name]}
+    use = {"gating_einsum": _BOTH, "linear": _CLOSING}.get(layer.name)
+    return {layer.weight_name: use} if use else {}
 
 
 def _dense_of_maxtext(layer: Any) -> dict[str, Any]:

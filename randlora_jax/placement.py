@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str, ...]  # axes of a mesh
 
@@ -17,6 +18,14 @@ def mesh_axes(entry: Any) -> Axes:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def fitting(
+    axes: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> tuple[Any, ...]:
+    """The entries of a spec that divide the sizes: some rows of a stack may be too few for it."""
+    parts = lambda entry: math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+    return tuple(a if n % parts(a) == 0 else None for a, n in zip(axes, shape, strict=True))
 
 
 def has_values(array: Any) -> bool:
@@ -29,9 +38,8 @@ def placed_like(old: Any, new: Any) -> Any:
     sharding = getattr(old, "sharding", None)
     if not (has_values(old) and has_values(new) and isinstance(sharding, NamedSharding)):
         return new
-    parts = lambda entry: math.prod(sharding.mesh.shape[axis] for axis in mesh_axes(entry))
-    pairs = zip(sharding.spec, new.shape, strict=False)
-    spec = PartitionSpec(*(entry if size % parts(entry) == 0 else None for entry, size in pairs))
+    axes = (*sharding.spec, *[None] * (new.ndim - len(sharding.spec)))
+    spec = PartitionSpec(*fitting(axes, new.shape, sharding.mesh))
     return jax.device_put(new, NamedSharding(sharding.mesh, spec))
 
 

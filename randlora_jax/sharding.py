@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
-from randlora_jax.placement import mesh_axes
+from randlora_jax.placement import fitting, mesh_axes
 from randlora_jax.sites import GAMMA, Site
 from randlora_jax.stored import sites_of
 
@@ -85,14 +85,14 @@ def sharding(
     shapes = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables)}
     specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     B = ("randlora_bases", "randlora_B")
-    specs[B] = P(*_fitting([tuple(bases_axes)], shapes[B][:1], on)) if bases_axes else P()
+    specs[B] = P(*fitting([tuple(bases_axes)], shapes[B][:1], on)) if bases_axes else P()
     for name, site in sites_by_name(variables, config):
         kernel = ("params", *site.kernel_path)
         names = padded(specs[kernel], len(shapes[kernel]))
         for scale, axes in site.scale_axes(names, followed(data_axes)).items():
             path = ("randlora", *([name] if name else []), *site.path, scale)
             more, shape = zero_axes if scale == GAMMA else (), shapes[path]
-            specs[path] = P(*_divided_more(_fitting(axes, shape, on), shape, more, on))
+            specs[path] = P(*_divided_more(fitting(axes, shape, on), shape, more, on))
     return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
 
 
@@ -144,7 +144,7 @@ def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
     concrete = isinstance(scale, jax.Array) and not isinstance(scale, Tracer)
     if not isinstance(mesh, Mesh) or not any(axes) or not concrete:
         return scale
-    return jax.device_put(scale, NamedSharding(mesh, P(*_fitting(axes, scale.shape, mesh))))
+    return jax.device_put(scale, NamedSharding(mesh, P(*fitting(axes, scale.shape, mesh))))
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
@@ -218,14 +218,6 @@ def _check_axes(field: str, axes: Sequence[str], mesh: Mesh | AbstractMesh) -> N
             raise ValueError(
                 f"{field}: {axis!r} is no axis of the mesh, which has {mesh.axis_names}"
             )
-
-
-def _fitting(
-    axes: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh
-) -> tuple[Any, ...]:
-    """The entries of a spec that divide the sizes: some rows of a stack may be too few for it."""
-    parts = lambda entry: math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
-    return tuple(a if n % parts(a) == 0 else None for a, n in zip(axes, shape, strict=True))
 
 
 def _divided_more(

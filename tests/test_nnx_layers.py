@@ -64,6 +64,16 @@ def test_gradients_are_those_of_the_dense_kernel(name):
     assert_close(gradients(lambda m: m), gradients(lambda m: merge(m, safe=False)), 1e-4)
 
 
+@pytest.mark.parametrize("equation", ["bti,io->bto", "bti,io->obt"])
+def test_the_layer_s_own_einsum_op_computes_the_update_too(equation):
+    """Nothing tells what it does with its kernel besides, however few the tokens."""
+    doubled = lambda *args, **options: 2 * jnp.einsum(*args, **options)
+    make = lambda: nnx.Einsum(equation, (D, 8), einsum_op=doubled, rngs=nnx.Rngs(0))
+    model = trained(make())
+    y = np.asarray(model(x(0, 1, 1, D)))
+    assert_close(np.asarray(merge(model)(x(0, 1, 1, D))), y, 1e-5)
+
+
 def test_raw_parameters_by_path():
     make = lambda: Gated(rngs=nnx.Rngs(0))
     model = trained(make(), CONFIG.replace(target_modules=["gating"]), parameters={"gating": (2,)})

@@ -139,10 +139,8 @@ def adaptable(
     """
     own = module.variables.get("params", {})
     found: dict[Kernel, str] = {}
-    rule = rule_for(type(module))
-    for label in rule.kernels_of(module) if rule is not None else ():
-        if rule is None or label not in own:
-            continue
+    rules = [rule] if (rule := rule_for(type(module))) is not None else []
+    for rule, label in [(r, n) for r in rules for n in r.kernels_of(module) if n in own]:
         value = trees.unboxed(own[label])
         try:
             kernel = rule.describe(module, label, value, config.fan_in_fan_out, call)

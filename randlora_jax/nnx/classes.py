@@ -10,7 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from flax.nnx.transforms.compilation import JitWrapped
@@ -77,12 +77,12 @@ class _Ours:
     """
 
     __slots__ = ()
+    randlora_class: ClassVar[Any]  # the user's, which each of ours has
 
     def __init_subclass__(cls, **options: Any) -> None:
         # A user's own, which may register subclasses or want arguments, is not told of ours.
         of_nnx: Any = nnx.Module.__init_subclass__
-        user: Any = cls.randlora_class  # type: ignore[attr-defined] # ours, or one derived from it
-        of_nnx.__func__(cls, pytree=user._pytree__is_pytree, **options)
+        of_nnx.__func__(cls, pytree=cls.randlora_class._pytree__is_pytree, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # As the user's class does it, with the way to ours: no module holds it by its name.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from randlora_jax import targets, trees
@@ -51,7 +52,7 @@ _RULES = (
     LayerRule(
         nnx.Einsum,
         product="einsum_op",
-        plain=True,
+        plain=lambda layer: getattr(layer, "einsum_op", jnp.einsum) is jnp.einsum,
         kernel_shape=lambda layer: layer.kernel_shape,
     ),
 )

@@ -50,9 +50,9 @@ def to_peft(
         arrays = [np.asarray(trees.unboxed(leaf)) for leaf in pair]
         module, labelled = kernel_at(path, shapes)[1][:-1], parse_label(path, shapes)[1]
         # Of the layers of a stack, and of the experts within one: torch has a module for each.
-        outer = arrays[0].ndim - 2 - len(labelled.stacked if labelled else ())
-        axes = (0,) * outer if stacks is None else stacks[path].axes
-        axes += (0,) * len(labelled.stacked if labelled else ())
+        experts = (0,) * len(labelled.stacked) if labelled else ()
+        outer = arrays[0].ndim - 2 - len(experts)
+        axes = ((0,) * outer if stacks is None else stacks[path].axes) + experts
         if len(axes) > 1:
             raise ValueError(f"{trees.dotted(path)!r} is a stack of stacks, which has no PEFT name")
         layers: tuple[int | None, ...] = (None,)

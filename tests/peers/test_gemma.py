@@ -22,13 +22,6 @@ SIZES = dict(num_embed=32, embed_dim=16, hidden_dim=24, num_heads=4, head_dim=8,
 TOKENS = jax.random.randint(jax.random.key(1), (2, 6), 4, 32)
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    # The models multiply arrays of different dtypes and ranks.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def small(cls, **changes):
     """A model of the class, as small as can be, without an encoder of images or sound."""
     config = cls.config if hasattr(cls, "config") else cls.__dataclass_fields__["config"].default

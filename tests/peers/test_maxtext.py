@@ -19,12 +19,6 @@ CONFIG = rl.RandLoraConfig(r=3, randlora_alpha=4.0, target_modules="all-linear")
 D, F, EXPERTS = 8, 12, 4
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def config(**changes):
     """MaxText's own, as small as can be."""
     base = importlib.util.find_spec("maxtext.configs").submodule_search_locations[0]

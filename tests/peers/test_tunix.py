@@ -22,13 +22,6 @@ LLAMA = llama3.ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    # The model multiplies float32 by int32 positions, and arrays of different ranks.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def make(remat=llama3.RematConfig.NONE):
     model = llama3.Llama3(dataclasses.replace(LLAMA, remat_config=remat), rngs=nnx.Rngs(0))
     model.lm_head.w[...] *= 50.0  # it starts so small that no logit could tell anything

@@ -41,18 +41,6 @@ class Letters:
         return 0
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    # tunix mixes dtypes and ranks, in threads of its own: a context would not reach them.
-    names = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def base_model():
     model = llama3.Llama3(SIZES, rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(0), 99))

@@ -25,13 +25,6 @@ LOCAL = gemma3.AttentionType.LOCAL_SLIDING
 SHARED = gemma4.AttentionType
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    # The models multiply float32 by int32 positions, and arrays of different ranks.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def of_gemma4(**options):
     pattern = (SHARED.LOCAL_SLIDING, SHARED.GLOBAL)
     return gemma4.Gemma4(

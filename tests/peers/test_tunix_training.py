@@ -22,13 +22,6 @@ SIZES = llama3.ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _promotion():
-    # The model multiplies float32 by int32 positions, and arrays of different ranks.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(params=["one device", "eight"])
 def mesh(request):
     """None, or the mesh that the run is on, as tunix's scripts enter it."""
