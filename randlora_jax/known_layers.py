@@ -68,5 +68,10 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Modules that hold one of Flax's other kind.
-BRIDGES = {f"maxtext.layers.nnx_wrappers.{name}" for name in ("ToLinen", "ToNNX")}
+_BRIDGES = {f"maxtext.layers.nnx_wrappers.{name}" for name in ("ToLinen", "ToNNX")}
+
+
+def is_bridge(cls: type) -> bool:
+    """Whether modules of the class hold one of Flax's other kind."""
+    named = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
+    return issubclass(cls, (nnx.bridge.ToNNX, nnx.bridge.ToLinen)) or bool(named & _BRIDGES)

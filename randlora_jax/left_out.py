@@ -7,11 +7,9 @@ import re
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from flax import nnx
-
 from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.known_layers import BRIDGES
+from randlora_jax.known_layers import is_bridge
 from randlora_jax.registry import is_no_linear_layer
 from randlora_jax.sites import Shape, Site, Stack
 from randlora_jax.targets import Selection
@@ -128,8 +126,8 @@ def _cure(
     if owner is None:
         return not_run
     cls = modules[owner]
-    if _is_bridge(cls):
-        return "bridge", f"adapt the module within the {cls.__name__}, by RandLora or inject"
+    if is_bridge(cls):
+        return "bridge", targets.within_bridge(cls)
     if owner != trees.dotted(path[:-1]):
         return not_run
     alone = [other for other in left if owners[other] == owner] == [path]
@@ -138,12 +136,6 @@ def _cure(
         return "register", call
     by_path = f"parameters={{{trees.dotted(path)!r}: (...)}}"
     return "path", f"{by_path}, with those of its axes that are inputs"
-
-
-def _is_bridge(cls: type) -> bool:
-    """Whether modules of the class hold one of Flax's other kind."""
-    named = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
-    return issubclass(cls, (nnx.bridge.ToNNX, nnx.bridge.ToLinen)) or bool(named & BRIDGES)
 
 
 def _owner(path: trees.Path, modules: Mapping[str, type]) -> str | None:

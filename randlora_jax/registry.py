@@ -12,7 +12,7 @@ from randlora_jax import equations
 from randlora_jax.config import RandLoraConfig, is_integer
 from randlora_jax.equations import KernelAxes
 from randlora_jax.known_layers import KNOWN
-from randlora_jax.sites import Kernel, Shape, Site
+from randlora_jax.sites import Kernel, Shape, Site, Stack
 from randlora_jax.stored import stack_axes
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -87,14 +87,21 @@ class LayerRule:
         axes = kernel_axes(f"the input_axes of {name!r} must", use, shape)
         return Kernel(shape, axes.inputs, name, value.dtype, axes.stacked)
 
-    def stack_axes(self, layer: Any, name: str, shape: Shape) -> tuple[int, ...]:
+    def stack_axes(
+        self, layer: Any, name: str, shape: Shape, named: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
         """The axes of a stored kernel that stack layers, outermost first, as `nnx.vmap` adds them.
+
+        Args:
+          named: what the kernel's variable says, where it tells of them all.
 
         Raises:
           ValueError: if there is a kernel of another shape, or several ways to read this one.
         """
         if self.kernel_shape is not None:
-            return stack_axes(shape, tuple(self.kernel_shape(layer)))
+            one = tuple(self.kernel_shape(layer))
+            fits = len(one) + len(named) == len(shape) and Stack(named).split(shape)[0] == one
+            return named if fits else stack_axes(shape, one)
         use = self.kernels_of(layer)[name]
         equation = equations.equation_of(layer, (), {}) if use is None else use
         if equation is None and len(shape) > 2:
@@ -102,7 +109,8 @@ class LayerRule:
                 f"nothing tells which axes of its kernel of shape {tuple(shape)} are inputs: give "
                 "register_layer its input_axes"
             )
-        return outer_axes(equation, shape)
+        outer = outer_axes(equation, shape)
+        return named if len(named) == len(outer) else outer
 
 
 _RULES: dict[type, LayerRule] = {}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.known_layers import is_bridge
 
 
 class Selection(enum.Enum):
@@ -139,6 +140,9 @@ def check(
     """
     parameters = list(parameters)
     linear = [name for name, (_, is_linear) in modules.items() if is_linear]
+    bridge = next((cls for cls, _ in modules.values() if is_bridge(cls)), None)
+    if not linear and bridge is not None:
+        raise ValueError(f"the model has no linear layer of its own: {within_bridge(bridge)}")
     if config.target_modules is None:
         raise ValueError(
             "target_modules is None: name the modules to adapt, for example 'all-linear' or some "
@@ -186,6 +190,11 @@ def check(
             f"layers_to_transform={config.layers_to_transform!r} leaves no linear layer of "
             f"{_some(linear)}"
         )
+
+
+def within_bridge(cls: type) -> str:
+    """What to do with a model that is within one of Flax's other kind, for messages."""
+    return f"adapt the module within the {cls.__name__}, by RandLora or inject"
 
 
 # PEFT's own names for the heads of these tasks: it takes those of them that there are.

@@ -196,3 +196,13 @@ def test_a_bridge_s_parameters_can_be_adapted_by_path_and_its_model_by_itself():
     inside = {name: tree["inside"] for name, tree in {**variables, **trainable}.items()}
     plain = nnx.bridge.to_linen(nnx.Linear, D, D).apply({"params": rl.merge(inside, ALL)}, X)
     assert_close(stronger, plain, 1e-5)
+
+
+def test_a_model_that_is_a_bridge_is_refused_with_a_cure():
+    base = nnx.bridge.to_linen(nnx.Linear, D, D)
+    params = base.init(jax.random.key(0), X)["params"]
+    with pytest.raises(ValueError, match=r"adapt the module within the ToLinen"):
+        RandLora(base, ALL).adapt({"params": params}, X)
+    model = nnx.bridge.ToNNX(nn.Dense(D), rngs=nnx.Rngs(0)).lazy_init(X)
+    with pytest.raises(ValueError, match=r"adapt the module within the ToNNX"):
+        rx.inject(model, ALL)

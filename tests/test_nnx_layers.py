@@ -130,3 +130,38 @@ def test_narrow_kernels_under_strict_promotion_get_wide_scales(dtype):
     assert model.randlora_lambda[...].dtype == jnp.float32
     np.testing.assert_array_equal(model(x()), before)
     assert merge(model).kernel[...].dtype == dtype
+
+
+class Heads(nnx.Module):
+    """Projections of as many heads as there are layers, stacked along an axis within the kernel."""
+
+    axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=self.axes)
+        def make(rngs):
+            return nnx.LinearGeneral((3, 2), D, axis=(-2, -1), rngs=rngs)
+
+        self.layers = make(rngs)
+        # Where the stack is, its shape does not tell; and one name alone does not either.
+        metadata = {nnx.PARTITION_NAME: "layers", "out_sharding": ("heads", "layers", None, None)}
+        self.layers.kernel.set_metadata(**metadata)
+
+    def __call__(self, x):
+        run = nnx.scan(
+            lambda x, layer: jnp.tile(layer(x)[..., None, :2], (3, 1)),
+            in_axes=(nnx.Carry, self.axes),
+            out_axes=nnx.Carry,
+        )
+        return run(x, self.layers)
+
+
+def test_a_variable_that_names_its_stack_s_axis_is_believed():
+    with nnx.use_eager_sharding(False):  # there is no mesh that the names could mean
+        model = trained(Heads(nnx.Rngs(0)))
+    lam = variables(model)["randlora"]["layers"]["randlora_lambda"]
+    assert lam.shape[1] == 3 and lam.ndim == 3
+    y = np.asarray(model(x(0, 2, 3, 2)))
+    assert_close(np.asarray(merge(model)(x(0, 2, 3, 2))), y, 1e-5)
+    assert np.abs(y - Heads(nnx.Rngs(0))(x(0, 2, 3, 2))).max() > 1e-3

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.classes import take_class
+from randlora_jax.nnx.discovery import axis_names
 from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
 from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
@@ -151,12 +152,6 @@ def detach_dropout(module: Any) -> None:
     for name in names:
         if name in vars(module):
             delattr(module, name)
-
-
-def axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...] | None:
-    """The names of a variable's axes, as far as it has any."""
-    names = variable.get_metadata().get("out_sharding")
-    return None if names is None else tuple(getattr(names, "spec", names))
 
 
 def _kernels_by_module(

@@ -108,7 +108,7 @@ def find(modules: Modules, config: RandLoraConfig, parameters: Parameters) -> li
         if rule is not None and targets.selection(config, name) is not Selection.NO:
             check_has_kernel(kernels, name, own, config)
             for label in there:
-                sites.append(_site(path, module, rule, label, own[label].get_value(), config))
+                sites.append(_site(path, module, rule, label, config))
         values = {label: variable.get_value() for label, variable in own.items()}
         paths += [(*path, label) for label in own]
         for target, (kernel, stack) in raw_kernels(name, values, parameters).items():
@@ -138,11 +138,19 @@ def variable_of(modules: Modules, site: Site) -> nnx.Variable[Any]:
     return getattr(modules[site.module], site.kernel.name)
 
 
+def axis_names(variable: nnx.Variable[Any]) -> tuple[Any, ...] | None:
+    """The names of a variable's axes, as far as it has any."""
+    names = variable.get_metadata().get("out_sharding")
+    return None if names is None else tuple(getattr(names, "spec", names))
+
+
 def _site(
-    path: trees.Path, module: Any, rule: LayerRule, label: str, value: Any, config: RandLoraConfig
+    path: trees.Path, module: Any, rule: LayerRule, label: str, config: RandLoraConfig
 ) -> Site:
+    variable = getattr(module, label)
+    value = variable.get_value()
     try:
-        axes = rule.stack_axes(module, label, value.shape)
+        axes = rule.stack_axes(module, label, value.shape, _named_stack_axes(variable))
         layer, sizes = Stack(axes).split(value.shape)
         struct = jax.ShapeDtypeStruct(layer, value.dtype)
         kernel = rule.describe(module, label, struct, config.fan_in_fan_out, ((), {}))
@@ -150,6 +158,12 @@ def _site(
     except ValueError as error:
         raise ValueError(f"{trees.shown(path)}: {error}") from None
     return Site(path, kernel, Stack(axes, sizes))
+
+
+def _named_stack_axes(variable: nnx.Variable[Any]) -> tuple[int, ...]:
+    """The axis of a stack, where the variable itself says what it is called, as MaxText's do."""
+    names, name = axis_names(variable), variable.get_metadata().get(nnx.PARTITION_NAME)
+    return (names.index(name),) if names and name in names else ()
 
 
 def _refuse_tied(modules: Modules, sites: list[Site]) -> None:

@@ -25,12 +25,18 @@ from randlora_jax.nnx.attaching import (
     Adapters,
     Scales,
     attach,
-    axis_names,
     given_scales,
     making_variables,
 )
 from randlora_jax.nnx.classes import all_or_nothing, set_class, take_class
-from randlora_jax.nnx.discovery import find, modules_of, original_class, tell_left_out, variable_of
+from randlora_jax.nnx.discovery import (
+    axis_names,
+    find,
+    modules_of,
+    original_class,
+    tell_left_out,
+    variable_of,
+)
 from randlora_jax.nnx.lending import RandLoraBasis, adapted_modules, unsettle
 from randlora_jax.nnx.state import (
     active_of,

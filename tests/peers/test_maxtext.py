@@ -26,9 +26,9 @@ def config(**changes):
         run_name="test", enable_checkpointing=False, base_emb_dim=D, base_moe_mlp_dim=F,
         base_mlp_dim=F, dtype="float32", weight_dtype="float32", num_experts=EXPERTS,
         num_experts_per_tok=2, megablox=False, sparse_matmul=False, max_target_length=16,
-        per_device_batch_size=1, skip_jax_distributed_system=True, log_config=False, **changes,
+        per_device_batch_size=1, skip_jax_distributed_system=True, log_config=False,
     )  # fmt: skip
-    return pyconfig.initialize([None, os.path.join(base, "base.yml")], **options)
+    return pyconfig.initialize([None, os.path.join(base, "base.yml")], **options | changes)
 
 
 def mesh(settings):
