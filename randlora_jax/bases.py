@@ -132,6 +132,11 @@ def joined(config: RandLoraConfig, ours: Bases, added: Bases) -> Bases:
     if dtypes[0] != dtypes[1]:
         raise ValueError(f"its bases are {dtypes[1]}, and those that are there {dtypes[0]}")
     max_dim, min_dim = (max(pair) for pair in zip(*sizes, strict=True))
+    if config.very_sparse and sizes[0][1] != sizes[1][1]:
+        raise ValueError(
+            f"with very_sparse=True the density of bases follows the smaller sides of all layers, "
+            f"here {sizes[1][1]} and there {sizes[0][1]}: adapt the same layers, or set sparse=True"
+        )
     if (max_dim, min_dim) in sizes:
         larger = (ours, added)[sizes.index((max_dim, min_dim))]
     else:

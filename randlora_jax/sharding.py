@@ -47,7 +47,8 @@ def sharding(
       zero_axes: mesh axes that divide gammas wherever their sizes allow, and so their gradients
         and the optimizer's state, as ZeRO does it: each use of a gamma has to fetch it.
       bases_axes: mesh axes that divide `randlora_B`: those that divide kernels. Layers whose large
-        side is not divided by them fetch the rows that they read, each time.
+        side is not divided by them fetch the rows that they read, each time. Rows that they don't
+        divide evenly stay whole.
       rules: what the names in boxes are on the mesh, as in Flax's `nn.logical_axis_rules`; by
         default the boxes' own, or those of the context.
 

@@ -175,6 +175,26 @@ def test_the_larger_of_two_pairs_of_bases_serves_both(larger_first):
         assert_same_bits(y, RandLora(Sizes(), config).apply(made[name], X))
 
 
+def test_very_sparse_adapters_of_layers_of_other_sizes_are_refused_with_the_reason():
+    class Sizes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="small")(nn.Dense(9, name="large")(x))
+
+    params = Sizes().init(jax.random.key(0), X)["params"]
+    configs = {
+        name: RandLoraConfig(r=3, very_sparse=True, target_modules=[name])
+        for name in ("small", "large")
+    }
+    made = {
+        name: RandLora(Sizes(), config).adapt({"params": params}, X)
+        for name, config in configs.items()
+    }
+    held = {**made["small"], "randlora": {"small": made["small"]["randlora"]}}
+    with pytest.raises(ValueError, match=r"very_sparse=True.*here \d+ and there 3"):
+        adapters.insert(held, {"small": configs["small"]}, "large", made["large"], configs["large"])
+
+
 def test_each_adapter_is_split_saved_and_loaded_by_itself(tmp_path):
     variables, config = alone("math")
     trainable, _ = rl.split(variables, config)
