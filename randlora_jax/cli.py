@@ -22,7 +22,14 @@ from randlora_jax import checkpoint
 from randlora_jax.checkpoint import manifest
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.inspection import OURS, PEFT, AdapterFolder, drawn_by, read_folder
-from randlora_jax.peft import NameMap, files, gemma_name_map, llama_name_map, tunix_name_map
+from randlora_jax.peft import (
+    NameMap,
+    files,
+    gemma_name_map,
+    gpt2_name_map,
+    llama_name_map,
+    tunix_name_map,
+)
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import from_peft
 from randlora_jax.tables import readable, table_of
@@ -30,6 +37,7 @@ from randlora_jax.tables import readable, table_of
 NAMES: dict[str, NameMap | None] = {
     "same": None,
     "gemma": gemma_name_map,
+    "gpt2": gpt2_name_map,
     "llama": llama_name_map,
     "tunix": tunix_name_map,
 }

@@ -56,6 +56,10 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     "maxtext.layers.moe.GateLogit": _MAXTEXTS,
     "maxtext.layers.moe.RoutedMoE": {"kernel": _experts_of_maxtext},
     "maxtext.models.gemma3.Einsum": _EINSUM,
+    "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D": {
+        "kernel": {"kernel": "...i,oi->...o"},
+        "plain": True,
+    },
     "tunix.models.gemma.model.Einsum": _EINSUM,
     "tunix.models.gemma3.model.Einsum": _EINSUM,
     "tunix.models.gemma4.model.Einsum": {"kernel": "w", "plain": _unscaled},

@@ -33,6 +33,8 @@ collect_ignore_glob = ["golden/*.py", "typing/snippets/*.py"]
 # And tests of peers need the libraries that they are about.
 LIBRARIES = ("gemma", "maxtext", "tunix")
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+if collect_ignore or not importlib.util.find_spec("transformers.modeling_flax_utils"):
+    missing.append("transformers")  # beside torch, and before its release 5
 collect_ignore_glob += [f"peers/test_{name}*.py" for name in missing]
 
 

@@ -50,12 +50,23 @@ GEMMA = {
         ("mlp.linear", (F, D)),
     )
 }
+GPT2 = {
+    f"transformer.h.{i}.{name}": shape
+    for i in range(LAYERS)
+    for name, shape in (
+        ("attn.c_attn", (D, 3 * D)),
+        ("attn.c_proj", (D, D)),
+        ("mlp.c_fc", (D, F)),
+        ("mlp.c_proj", (F, D)),
+    )
+}
 OF_GEMMA = {n: s for n, s in DENSE.items() if n.endswith(("q_proj", "o_proj", "down_proj"))}
 # (the map, torch's modules, the shapes of the Flax tree)
 CASES = {
     "llama onto tunix": (peft.tunix_name_map, DENSE, TUNIX),
     "a mixture of experts onto tunix": (peft.tunix_name_map, MOE, TUNIX_MOE),
     "gemma": (peft.gemma_name_map, OF_GEMMA, GEMMA),
+    "gpt2": (peft.gpt2_name_map, GPT2, {f"{n}.kernel": shape[::-1] for n, shape in GPT2.items()}),
 }
 
 
@@ -67,6 +78,8 @@ def as_matrix(name, kernel):
     """A kernel of a Flax tree, or one expert's, as torch's module has it, (in, out)."""
     if "q_einsum" in name:
         return kernel.transpose(1, 0, 2).reshape(D, -1)
+    if ".c_" in name:
+        return kernel.T
     return kernel.reshape(D, -1) if kernel.shape[0] == D else kernel.reshape(-1, kernel.shape[-1])
 
 

@@ -10,11 +10,18 @@ is the plain weights of the base.
 """
 
 from randlora_jax.peft.folders import load_adapter, module_names, save_adapter
-from randlora_jax.peft.name_maps import NameMap, gemma_name_map, llama_name_map, tunix_name_map
+from randlora_jax.peft.name_maps import (
+    NameMap,
+    gemma_name_map,
+    gpt2_name_map,
+    llama_name_map,
+    tunix_name_map,
+)
 
 __all__ = [
     "NameMap",
     "gemma_name_map",
+    "gpt2_name_map",
     "llama_name_map",
     "load_adapter",
     "module_names",

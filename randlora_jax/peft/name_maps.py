@@ -116,3 +116,23 @@ gemma_name_map: NameMap = NameMap(
 That keeps keys and values in one kernel, and gate and up in another, where torch has a module and
 an update for each: such modules have no place.
 """
+
+_GPT2_BLOCKS = ("transformer.h.{layer}", "h.{layer}")
+_GPT2_KERNELS = (
+    *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    *("crossattention.c_attn", "crossattention.q_attn", "crossattention.c_proj"),
+)
+gpt2_name_map: NameMap = NameMap(
+    (
+        *(
+            (f"{block}.{name}", f"{block}.{name}.kernel[1]")
+            for block in _GPT2_BLOCKS
+            for name in _GPT2_KERNELS
+        ),
+        ("", ""),
+    )
+)
+"""Hugging Face's names of a GPT-2 onto the Flax model of transformers 4, with kernels (out, in).
+
+Its Flax models of Llama, Mistral, Gemma, BERT, ViT and T5 have torch's names, and need no map.
+"""
