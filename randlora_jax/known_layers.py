@@ -19,6 +19,10 @@ def _unscaled(layer: Any) -> bool:
     return layer.w_scale is None
 
 
+def _without_lora(layer: Any) -> bool:
+    return layer.lora_config is None
+
+
 def _experts_of_gemma(layer: Any) -> dict[str, str]:
     """Of a layer that only holds the kernel, for `ragged_dot`: its place says which it is."""
     use = {"gating_einsum": _BOTH, "linear": _CLOSING}.get(layer.name)
@@ -56,6 +60,8 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     "maxtext.layers.moe.GateLogit": _MAXTEXTS,
     "maxtext.layers.moe.RoutedMoE": {"kernel": _experts_of_maxtext},
     "maxtext.models.gemma3.Einsum": _EINSUM,
+    "openpi.models.lora.Einsum": {"kernel": "w", "plain": _without_lora},
+    "openpi.models.lora.FeedForward": {"kernel": {"gating_einsum": 1, "linear": 0}},
     "transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D": {
         "kernel": {"kernel": "...i,oi->...o"},
         "plain": True,

@@ -31,7 +31,7 @@ CHECKERS = ("mypy", "pyright")
 collect_ignore += [] if all(map(importlib.util.find_spec, CHECKERS)) else ["typing"]
 collect_ignore_glob = ["golden/*.py", "typing/snippets/*.py"]
 # And tests of peers need the libraries that they are about.
-LIBRARIES = ("gemma", "maxtext", "tunix")
+LIBRARIES = ("gemma", "maxtext", "openpi", "tunix")
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 if collect_ignore or not importlib.util.find_spec("transformers.modeling_flax_utils"):
     missing.append("transformers")  # beside torch, and before its release 5

@@ -5,12 +5,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
+from randlora_jax.nnx import RandLoraParam
 from tests.linen_cases import R, as_numpy, assert_close, assert_same_bits, normal, randomised
 from tests.linen_models import Block, Holds
 
@@ -129,6 +131,24 @@ def test_a_model_in_the_nnx_bridge_computes_what_it_computes_in_linen():
     assert_same_bits(model(X), plain(X))
     kinds = {v.type.__name__ for _, v in nnx.to_flat_state(nnx.state(model))}
     assert {"Param", "RandLoraParam", "RandLoraBasis"} <= kinds
+
+
+class InitialisesItself(nn.Module):
+    """As openpi's model: what is called `init` is a method of its own, and makes the inputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Block(name="block")(x)
+
+    def init(self):
+        return self(jnp.ones((1, 5)))
+
+
+def test_a_model_may_have_a_method_that_is_called_init():
+    make = lambda module: nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(method="init")
+    model, plain = make(RandLora(InitialisesItself(), CONFIG)), make(InitialisesItself())
+    assert_same_bits(model(X), plain(X))
+    assert nnx.to_flat_state(nnx.state(model, RandLoraParam))
 
 
 # Transforms that would come between a layer and its scales

@@ -84,7 +84,8 @@ def discover(
         keys = {"params": jax.random.key(0), **(rngs or {})}
         with nn.intercept_methods(seen):
             run = seen.calls.marked(call)
-            return base.init(keys, *args, method=run, mutable=True, **kwargs)["params"]
+            # Flax's own: a model may have another method of that name.
+            return nn.Module.init(base, keys, *args, method=run, mutable=True, **kwargs)["params"]
 
     seen = Discovery(config, parameters)
     shapes = jax.eval_shape(functools.partial(trace, seen=seen), arrays)
