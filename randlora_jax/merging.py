@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -68,7 +67,7 @@ def merge_adapters(
                 f"merging {trees.shown(path[:-1])} gives numbers that are not finite: its "
                 "scales, or the bases, are broken"
             )
-        params[path] = nn.meta.replace_boxed(params[path], merged)
+        params[path] = trees.replaced(params[path], merged)
     return trees.build(params)
 
 

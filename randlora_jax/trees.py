@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax.core import FrozenDict, meta
 
+from randlora_jax.quantised import codes, without_box
+
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 
@@ -60,14 +62,22 @@ def filtered(tree: Tree, keep: Callable[[Path, Any], bool]) -> dict[str, Any]:
 
 def unboxed(tree: Any) -> Any:
     """What boxes hold, as it is: Flax's `unbox` moves it to where their names say it is."""
-    is_box = lambda node: isinstance(node, meta.AxisMetadata)
+    is_box = lambda node: isinstance(node, meta.AxisMetadata) or without_box(node) is not node
 
     def value(node):
+        if without_box(node) is not node:
+            return unboxed(without_box(node))
         if isinstance(node, meta.Partitioned):
             return unboxed(node.unbox(apply_constraint=False))
         return unboxed(node.unbox()) if is_box(node) else node
 
     return jax.tree.map(value, tree, is_leaf=is_box)
+
+
+def replaced(leaf: Any, value: Any) -> Any:
+    """A value in the box, if there is one, that a leaf is in; nested boxes are one of Flax's."""
+    box = codes(leaf)
+    return meta.replace_boxed(box, value) if isinstance(box, meta.AxisMetadata) else value
 
 
 def union(*trees: Tree) -> dict[str, Any]:

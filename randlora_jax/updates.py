@@ -7,6 +7,9 @@ with it, gets a cheaper way to the same numbers:
 1. its own product, `dot_general` or `einsum_op`, is replaced by ours;
 2. it runs on W, and x . dW is added to the result, where it is registered as plain;
 3. else it runs on a changed kernel, W + dW, and can do with it what it likes.
+
+A module with quantised parameters runs on floats that are made of them for this call; in the first
+of these ways it is not given any, since the product has the codes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -33,6 +37,7 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
+from randlora_jax.quantised import floats
 from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
 
@@ -61,6 +66,7 @@ class Call(abc.ABC):
       layer, cls: the module, and its class as the user wrote it.
       method: the name of the method.
       args, kwargs: of the call.
+      quantised: the module's own quantised parameters by name, each a `qwix.QArray`.
     """
 
     layer: Any
@@ -68,22 +74,35 @@ class Call(abc.ABC):
     method: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    quantised: Mapping[str, Any]
 
     @abc.abstractmethod
-    def run(self) -> Any:
-        """The method on the parameters as they are."""
-
-    @abc.abstractmethod
-    def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        """The call of a layer that differs in these attributes."""
-
-    @abc.abstractmethod
-    def run_on(self, change: Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
-        """The method with other arguments, on parameters that are changed.
+    def run(
+        self,
+        change: Change | None = None,
+        *,
+        attributes: Mapping[str, Any] = MappingProxyType({}),
+        args: tuple[Any, ...] | None = None,
+        beside: bool = False,
+    ) -> Any:
+        """The method of the module.
 
         Args:
-          beside: whether `run` has run it too: then this is nothing that a user's tools should see.
+          change: of its parameters; by default they are as they are.
+          attributes: of a layer, in which it differs.
+          args: in place of the call's own.
+          beside: whether it runs a second time: then this is nothing that a user's tools should
+            see.
         """
+
+    def run_on_floats(self) -> Any:
+        """The method on the parameters as they are, floats in place of codes."""
+        return self.run(_floats if self.quantised else None)
+
+
+def _floats(name: str, value: Any) -> Any:
+    """A module's own parameter as floats; what is a submodule's is this one's business."""
+    return floats(value) if name else value
 
 
 def prepare(
@@ -117,23 +136,45 @@ def run(
     """The call's result, computed with the updates.
 
     Args:
-      updates: at least one.
+      updates: none, where only a quantised kernel is special.
       told: how the arrays of the first one's kernel are divided, its axes as its layer has them.
     """
-    rule, kernel = rule_for(call.cls), updates[0].kernel
-    alone = rule is not None and {u.kernel for u in updates} == {kernel}
-    if rule is not None and alone and _is_its_product(call, rule, kernel):
+    rule, kernels = rule_for(call.cls), {u.kernel: None for u in updates}
+    if not kernels and rule is not None:
+        kernels = _quantised_kernels(call, rule)
+    if rule is not None and len(kernels) == 1 and _is_its_product(call, rule, *kernels):
+        (kernel,) = kernels
         _check_equation(call, rule, kernel)
         told = _told_in_order(told, kernel) if told else None
         operation = RandLoraDotGeneral(
-            bases, [u.scales for u in updates], [u.dropout for u in updates], strategy, told
+            bases,
+            [u.scales for u in updates],
+            [u.dropout for u in updates],
+            *(strategy, told, None, _in_order(call.quantised.get(kernel.name), kernel)),
         )
         computed = _through_product(call, rule, operation, kernel)
-        if computed is None:
+        if computed is None and updates:
             computed = _with_update_added(call, rule, operation, kernel)
         if computed is not None:
             return computed.value
-    return _on_changed_kernels(call, updates, bases)
+    return _on_changed_kernels(call, updates, bases) if updates else call.run_on_floats()
+
+
+def _quantised_kernels(call: Call, rule: LayerRule) -> dict[Kernel, None]:
+    """The kernel of a layer without updates, if that is its only quantised parameter."""
+    if [*rule.kernels_of(call.layer)] != [*call.quantised]:
+        return {}
+    ((name, value),) = call.quantised.items()
+    try:
+        kernel = rule.describe(call.layer, name, value, False, (call.args, call.kwargs))
+    except ValueError:  # it is used by no equation that we know
+        return {}
+    return {} if kernel is None else {kernel: None}
+
+
+def _in_order(codes: Any, kernel: Kernel) -> Any:
+    """Codes in the order in which a product has a kernel's axes."""
+    return None if codes is None else codes.transpose(kernel.order)
 
 
 def _is_its_product(call: Call, rule: LayerRule, kernel: Kernel) -> bool:
@@ -188,7 +229,8 @@ def _through_product(
     def einsum_op(equation, x, value, **options):
         found = equations.product_of(equation, x.shape, kernel.shape, kernel.axes)
         if found is None or not found.in_order:
-            return jnp.einsum(equation, x, value, **options)
+            whole = floats(call.quantised.get(kernel.name, value)).astype(value.dtype)
+            return jnp.einsum(equation, x, whole, **options)
         stacked, inputs = len(found.batch), len(found.contract)
         ours = tuple(range(stacked, stacked + inputs)), tuple(range(stacked))
         dims = ((found.contract, ours[0]), (found.batch, ours[1]))
@@ -208,7 +250,13 @@ def _through_product(
         attributes = {"einsum_op": einsum_op}
     else:
         return None
-    y = call.run_with_attributes(attributes)
+
+    def without_codes(name, value):  # which no layer could take that promotes types
+        if name == kernel.name and name in call.quantised:
+            return jnp.zeros(value.shape, value.dtype)
+        return _floats(name, value)
+
+    y = call.run(without_codes if call.quantised else None, attributes=attributes)
     return _Computed(y) if used else None
 
 
@@ -228,7 +276,7 @@ def _with_update_added(
     product = x, found.batch, found.contract, kernel.ordered_shape
     if not operation.is_better_beside(*product):
         return None
-    y, update = call.run(), operation.update(*product)
+    y, update = call.run_on_floats(), operation.update(*product)
     return _Computed(y + jnp.transpose(update, found.order).astype(y.dtype))
 
 
@@ -246,26 +294,27 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
             sums[kernel] = sums[kernel] + delta if kernel in sums else delta
 
         def add(name, value):
+            value = _floats(name, value)
             for kernel, delta in sums.items():
                 value = kernel.plus(value, delta) if kernel.name == name else value
             return value
 
-        return call.run_on(add, call.args)
+        return call.run(add)
     if not registered:
         raise ValueError(
             f"randlora_dropout={dropped[0].config.randlora_dropout} has no input to act on at the "
             f"raw parameter {dropped[0].target!r}: set it to 0, or deterministic=True"
         )
     # A linear layer on W + dW is one on W and one on dW, each with an input of its own.
-    y = call.run()
+    y = call.run_on_floats()
     for update, delta in zip(updates, deltas, strict=True):
         drop = update.dropout or (lambda x: x)
         args = tuple(drop(x) if hasattr(x, "ndim") else x for x in call.args)
         kernel = update.kernel
 
         def only(name, value, kernel=kernel, delta=delta):
-            zeros = jnp.zeros_like(value)
+            zeros = jnp.zeros(value.shape, value.dtype)
             return kernel.plus(zeros, delta) if name == kernel.name else zeros
 
-        y = y + call.run_on(only, args, beside=True)
+        y = y + call.run(only, args=args, beside=True)
     return y

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -196,7 +195,7 @@ def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) ->
                 f"has a trained {trees.dotted(path)!r} of shape {leaf.shape}, "
                 "which the base has not: it is of another model"
             )
-        params[path] = nn.meta.replace_boxed(params[path], leaf)
+        params[path] = trees.replaced(params[path], leaf)
     return {**loaded, "params": trees.build(params)}
 
 

@@ -54,6 +54,15 @@ def method_of(context: InterceptorContext) -> str | None:
     return _name_of(cls, getattr(context.orig_method, "func", None))
 
 
+@functools.lru_cache(maxsize=4096)
+def is_lifted(cls: Any, method: str) -> bool:
+    """Whether a class is a transformed one, as `nn.vmap(nn.Dense)`, whose method runs inside."""
+    function, inner = vars(cls).get(method), getattr(cls.__mro__[1], method, None)
+    while function is not None and function is not inner:
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
+
+
 @contextlib.contextmanager
 def unseen(ours: Any = None) -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """What runs in here, no interceptor sees, and it is not among the captured intermediates.

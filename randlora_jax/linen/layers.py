@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,11 @@ from randlora_jax import targets, trees, updates
 from randlora_jax.bases import Bases
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.layout import Layout
-from randlora_jax.linen.calls import OurCall, method_of, unseen
+from randlora_jax.linen.calls import OurCall, is_lifted, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.quantised import is_quantised
 from randlora_jax.raw_parameters import Parameters
 from randlora_jax.registry import Arguments
 from randlora_jax.sites import (
@@ -79,20 +81,25 @@ class Interceptor:
         module, method = context.module, method_of(context)
         own = self.calls.has(module)
         # Of an `apply` within the model, only what it was given from this one's parameters.
-        if method is None or not self.adapters or not (own or _has_scales(module)):
+        if method is None or not (own or _has_scales(module)):
+            return next_fun(*args, **kwargs)
+        quantised = _quantised(module, method)
+        if not self.adapters and not quantised:
             return next_fun(*args, **kwargs)
         running = self.running.setdefault(own, set())
         found = self._updates(module, (args, kwargs) if method == "__call__" else None, own)
         found = [u for u in found if (module.path, u.kernel.name) not in running]
-        if not found:
+        quantised = {k: v for k, v in quantised.items() if (module.path, k) not in running}
+        if not found and not quantised:
             return next_fun(*args, **kwargs)
-        taken = {(module.path, update.kernel.name) for update in found}
+        taken = {(module.path, name) for name in (*(u.kernel.name for u in found), *quantised)}
         function: Any = context.orig_method
         call = LinenCall(
-            *(module, type(module), method, args, kwargs, function.func, next_fun),
-            *(self, running, taken),
+            *(module, type(module), method, args, kwargs, quantised),
+            *(function.func, next_fun, self, running, taken),
         )
-        path = (*module.path[self.depth :], *found[0].kernel.label)
+        label = found[0].kernel.label if found else ()
+        path = (*module.path[self.depth :], *label)
         told = self.layout.told(path) if self.layout else None
         return updates.run(call, found, self.bases, self.strategy, told)
 
@@ -100,6 +107,8 @@ class Interceptor:
         self, module: nn.Module, call: Arguments | None, own: bool
     ) -> list[updates.Update]:
         name = trees.dotted(module.path[self.depth :])
+        if not self.adapters:
+            return []
         config = next(iter(self.adapters.values()))
         params, found = module.variables.get("params", {}), []
         kernels = adaptable(module, name, config, self.parameters, call)
@@ -153,6 +162,15 @@ class Interceptor:
 
 def _is_target(config: RandLoraConfig, name: str) -> bool:
     return targets.selection(config, name) is Selection.YES
+
+
+def _quantised(module: nn.Module, method: str) -> dict[str, Any]:
+    """A module's own quantised parameters, if the method is not one that runs inside a stack."""
+    if is_lifted(type(module), method):
+        return {}
+    own = module.variables.get("params", {}) if module.scope is not None else {}
+    values = ((name, trees.unboxed(leaf)) for name, leaf in own.items())
+    return {name: value for name, value in values if is_quantised(value)}
 
 
 def _has_scales(module: nn.Module) -> bool:
@@ -215,32 +233,43 @@ class LinenCall(updates.Call):
     running: Running
     taken: Running
 
-    def run(self) -> Any:
-        with self._running():
-            return self.next_fun(*self.args, **self.kwargs)
+    def run(
+        self,
+        change: updates.Change | None = None,
+        *,
+        attributes: Mapping[str, Any] = MappingProxyType({}),
+        args: tuple[Any, ...] | None = None,
+        beside: bool = False,
+    ) -> Any:
+        args = self.args if args is None else args
+        with self._running(), self._with_attributes(attributes):
+            if change is not None:
+                return self._run_on(change, args, beside)
+            return self.next_fun(*args, **self.kwargs)
 
-    def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
+    @contextlib.contextmanager
+    def _with_attributes(self, attributes: Mapping[str, Any]) -> Iterator[None]:
         # The module of this call alone, as Flax made it for its scope: nobody else sees it so.
         before = {name: getattr(self.layer, name) for name in attributes}
         try:
             for name, value in attributes.items():
                 object.__setattr__(self.layer, name, value)
-            return self.run()
+            yield
         finally:
             for name, value in before.items():
                 object.__setattr__(self.layer, name, value)
 
-    def run_on(self, change: updates.Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
+    def _run_on(self, change: updates.Change, args: tuple[Any, ...], beside: bool) -> Any:
         def changed(name, node):
             if isinstance(node, Mapping):
                 return {key: changed("", child) for key, child in node.items()}
-            return nn.meta.replace_boxed(node, change(name, trees.unboxed(node)))
+            return trees.replaced(node, change(name, trees.unboxed(node)))
 
         def change_params(collections):
             params = {name: changed(name, node) for name, node in collections["params"].items()}
             return {**collections, "params": params}
 
-        with self._running(), unseen(None if beside else self.interceptor) as seen:
+        with unseen(None if beside else self.interceptor) as seen:
             # Flax takes the method under a transform for another call of it.
             function = self.function if beside else seen(self.function)
             run = nn.map_variables(function, "params", trans_in_fn=change_params, mutable=False)

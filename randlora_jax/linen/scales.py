@@ -42,12 +42,12 @@ def beside_kernels(
             if where in kernels:  # a method of a part of the model does with a part of the base
                 stack = part_of_stack(config, where[:-1], trees.unboxed(kernels[where]).shape)
             for scale, leaf in zip(SCALES, pair, strict=True):
-                spread = nn.meta.replace_boxed(leaf, stack.spread(trees.unboxed(leaf)))
+                spread = trees.replaced(leaf, stack.spread(trees.unboxed(leaf)))
                 added[(*path, scale_name(scale, name))] = spread
                 shape = trees.unboxed(spread).shape
                 if numbered and scale == LAMBDA and len(shape) > 2:
                     numbers = _numbers(path, shape)
-                    box = nn.meta.replace_boxed(spread, numbers)
+                    box = trees.replaced(spread, numbers)
                     added[(*path, scale_name(NUMBER, name))] = box
     return trees.union(params, trees.build(added))
 

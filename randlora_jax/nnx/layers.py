@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
@@ -15,6 +16,7 @@ from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.lending import STRENGTH, lent_to
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Told
+from randlora_jax.quantised import is_quantised
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
 
 
@@ -63,6 +65,12 @@ def scales_of(module: Any, kernel: Kernel, adapter: str) -> list[RandLoraParam]:
     return [getattr(beside, scale_name(scale, adapter)) for scale in SCALES]
 
 
+def quantised_of(module: Any) -> dict[str, Any]:
+    """A module's own quantised parameters by name."""
+    own = {k: v.get_value() for k, v in vars(module).items() if isinstance(v, nnx.Param)}
+    return {name: value for name, value in own.items() if is_quantised(value)}
+
+
 def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
     """Calls an adapted module's own method, of the name, with the active updates."""
     adapted: AdaptedLayer = module.randlora_layer
@@ -72,9 +80,10 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         for adapter, config in adapted.adapters
         if has_scales(module, kernel, adapter)
     ]
-    if not active:
+    quantised = quantised_of(module)
+    if not active and not quantised:
         return method(module, *args, **kwargs)
-    bases, found = lent_to(module), []
+    bases, found = lent_to(module) if active else {}, []
     for kernel, adapter, config in active:
         lam, gamma = (scale.get_value() for scale in scales_of(module, kernel, adapter))
         mask = getattr(module, scale_name("randlora_rows", adapter), None)
@@ -88,8 +97,8 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         _check_whole(target, getattr(module, kernel.name).shape, kernel.shape)
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
-    called = NnxCall(module, original_class(module), name, args, kwargs, method)
-    told = dict(adapted.told).get(found[0].kernel)
+    called = NnxCall(module, original_class(module), name, args, kwargs, quantised, method)
+    told = dict(adapted.told).get(found[0].kernel) if found else None
     return updates.run(called, found, bases, adapted.strategy, told)
 
 
@@ -110,17 +119,19 @@ class NnxCall(updates.Call):
 
     function: Callable[..., Any]
 
-    def run(self) -> Any:
-        return self._on_view({}, self.args)
-
-    def run_with_attributes(self, attributes: Mapping[str, Any]) -> Any:
-        return self._on_view(attributes, self.args)
-
-    def run_on(self, change: updates.Change, args: tuple[Any, ...], *, beside: bool = False) -> Any:
+    def run(
+        self,
+        change: updates.Change | None = None,
+        *,
+        attributes: Mapping[str, Any] = MappingProxyType({}),
+        args: tuple[Any, ...] | None = None,
+        beside: bool = False,
+    ) -> Any:
         del beside  # nobody looks on
+        args = self.args if args is None else args
         kernels = {kernel.name for kernel in self.layer.randlora_layer.kernels}
-        changes: dict[str, Any] = {}
-        for name, leaf in vars(self.layer).items():
+        changes: dict[str, Any] = dict(attributes)
+        for name, leaf in vars(self.layer).items() if change is not None else ():
             base = isinstance(leaf, nnx.Param) and not isinstance(leaf, RandLoraParam)
             if base or name in kernels:
                 value = leaf.get_value()

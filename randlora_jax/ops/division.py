@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from randlora_jax.placement import Axes, mesh_axes
 
-Factors = tuple[str, ...]  # a name for each dimension of an array; equal names are equal sizes
+# A name for each dimension of an array; equal names are equal sizes, or tiles of them.
+Factors = tuple[str, ...]
 
 
 def mapped_factor(number: int) -> str:
@@ -112,7 +113,7 @@ class Division:
         for part, shape, spec in zip(parts, shapes, specs, strict=False):
             for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
                 some = tuple(axis for axis in mesh_axes(entry) if sizes[axis] > 1)
-                length[factor] = size
+                length[factor] = math.gcd(length.get(factor, 0), size)
                 entries.setdefault(factor, []).append(some)
                 for axis in () if factor in self.undivided or part.whole else some:
                     of_axis = held.setdefault(axis, {})
@@ -142,11 +143,10 @@ class Division:
         self, shapes: Sequence[tuple[int, ...]], sizes: Mapping[str, int]
     ) -> dict[str, Axes]:
         """The axes that divide each factor, by what is told alone."""
-        length = {
-            factor: size
-            for (_, part), shape in zip(self.operands, shapes, strict=True)
-            for factor, size in zip(part.factors, shape, strict=True)
-        }
+        length: dict[str, int] = {}
+        for (_, part), shape in zip(self.operands, shapes, strict=True):
+            for factor, size in zip(part.factors, shape, strict=True):
+                length[factor] = math.gcd(length.get(factor, 0), size)
         axes: dict[str, Axes] = {}
         used: set[str] = set()
         for factor, wanted in self.told:

@@ -21,8 +21,10 @@ from randlora_jax.ops.costs import Strategy, product_flops
 from randlora_jax.ops.division import Told
 from randlora_jax.ops.product_vjp import product
 from randlora_jax.ops.products import accumulation_dtype, factors
+from randlora_jax.ops.quantised import grid_and_arrays
 from randlora_jax.ops.spec import Spec
 from randlora_jax.placement import mesh_axes, whole
+from randlora_jax.quantised import floats
 
 # lambda (..., r, n), gamma (..., n, min(in, out)), where a kernel is a stack of matrices itself
 Scales = tuple[jax.Array, jax.Array]
@@ -136,6 +138,8 @@ class RandLoraDotGeneral:
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       told: how the layer's arrays are divided among devices, where that is known before compiling.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
+      kernel: a `qwix.QArray`, where the kernel is quantised: the right-hand side, of which it has
+        the shape, says no more than its dtype then.
     """
 
     bases: Bases
@@ -144,6 +148,7 @@ class RandLoraDotGeneral:
     strategy: Strategy = "auto"
     told: Told | None = None
     dot_general: Callable[..., jax.Array] | None = None
+    kernel: Any = None
 
     def __call__(
         self,
@@ -171,7 +176,11 @@ class RandLoraDotGeneral:
         call = lhs, tuple(batch), tuple(contract), rhs.shape, precision
         if self.dot_general is None:
             return self._product(*call, rhs, **options)
+        if self.kernel is not None:
+            rhs = floats(self.kernel).astype(rhs.dtype)
         y = self.dot_general(lhs, rhs, dimension_numbers, precision=precision, **options)
+        if not self.scales:
+            return y
         return y + self.update(*call, **options).astype(y.dtype)
 
     def update(
@@ -215,15 +224,19 @@ class RandLoraDotGeneral:
         preferred_element_type=None, out_sharding=None,
     ) -> jax.Array:  # fmt: skip
         tokens = x.ndim - len(batch) - len(contract)
+        grid, arrays = None, {} if kernel is None else {"kernel": kernel}
+        if kernel is not None and self.kernel is not None:
+            grid, arrays = grid_and_arrays(self.kernel, len(batch), kernel.dtype)
         spec = Spec(
             tokens, len(contract), kernel_shape[len(batch) :], kernel is not None, precision,
             preferred_element_type, self.strategy, self._rates,
             _out_axes(out_sharding, len(batch) + tokens), self.told, len(batch),
+            grid, bool(self.scales),
         )  # fmt: skip
-        A, B = self.bases["randlora_A"], self.bases["randlora_B"]
-        operands = {"x": x, "A": A, "B": B, "scales": tuple(self.scales)}
-        if kernel is not None:
-            operands["kernel"] = kernel
+        operands: dict[str, Any] = {"x": x, **arrays}
+        if self.scales:
+            operands |= {name[-1]: self.bases[name] for name in ("randlora_A", "randlora_B")}
+            operands["scales"] = tuple(self.scales)
         if spec.rates:
             kept = (d.keep(x) if d else jnp.ones_like(x, bool) for d in self.dropouts)
             operands["keep"] = tuple(kept)

@@ -81,8 +81,9 @@ def varying_alike(operands: Arrays) -> Arrays:
       ValueError: for a kernel that is divided by hand, whose update nothing here can tell.
     """
     varying = {name: _varies(a) for name, a in operands.items()}
-    of_kernel = varying.get("kernel", frozenset())
-    alone = of_kernel - varying["x"] - varying["lam"] - varying["gamma"]
+    alone = varying.get("kernel", frozenset())
+    for name in ("x", "lam", "gamma"):
+        alone -= varying.get(name, alone)  # without an update, a part of a kernel is as good
     if alone:
         shape, axes = operands["kernel"].shape, sorted(alone)
         raise ValueError(

@@ -17,7 +17,8 @@ from randlora_jax.ops.partitioning import (
     per_device,
     varying_alike,
 )
-from randlora_jax.ops.products import Backward, Forward, KernelGradient, pass_of
+from randlora_jax.ops.products import Backward, Forward, KernelGradient
+from randlora_jax.ops.quantised import pass_of
 from randlora_jax.ops.spec import SHARED, Spec
 from randlora_jax.placement import whole
 
@@ -32,13 +33,13 @@ def _backward(spec, operands, dy):
     both = {**_sliced(spec, operands), "dy": dy.astype(x.dtype)}
     run = over_stack(pass_of(Backward, spec), spec.division(backward=True), spec.stacked, SHARED)
     found = per_device(*run, both, spec.mesh)
-    gradients = {
-        "x": divided_like(found["dx"], x),
-        "lam": divided_like(found["d_lam"], operands["lam"]),
-        "gamma": divided_like(found["d_gamma"].reshape(operands["gamma"].shape), operands["gamma"]),
-        **dict.fromkeys({"A", "B", "keep"} & set(operands)),
-    }
-    if kernel is not None:  # apart from the rest: nobody pays for it who does not ask for it
+    gradients = dict.fromkeys(operands)
+    gradients["x"] = divided_like(found["dx"], x)
+    for name in ("lam", "gamma") if spec.updated else ():
+        gradient, of = found["d_" + name], operands[name]
+        gradients[name] = divided_like(gradient.reshape(of.shape), of)
+    # Apart from the rest: nobody pays for it who does not ask for it. Codes have none.
+    if kernel is not None and spec.grid is None:
         run = over_stack(KernelGradient(spec), spec.kernel_gradient_division, spec.stacked, SHARED)
         found = per_device(*run, both, spec.mesh)
         gradients["kernel"] = divided_like(found["d_kernel"].astype(kernel.dtype), kernel)
@@ -47,6 +48,8 @@ def _backward(spec, operands, dy):
 
 def _sliced(spec: Spec, operands: Arrays) -> Arrays:
     """The layer's own part of the bases, A and V, and gamma, in the kernel's own axes."""
+    if not spec.updated:
+        return operands
     small, large = spec.small_large
     A, B, gamma = (operands[name] for name in ("A", "B", "gamma"))
     (r, n), size = operands["lam"].shape[-2:], math.prod(small)
@@ -66,7 +69,7 @@ def _rows(B: jax.Array, large: tuple[int, ...]) -> jax.Array:
     return B[:size]
 
 
-# x . (W + dW), or x . dW, of x, A, B, lam, gamma and, for the first, kernel.
+# x . (W + dW), x . dW or x . W: of x, the kernel, A, B, lam and gamma, as far as it needs them.
 _product: Any = jax.custom_vjp(lambda *given: _forward(*given)[0], nondiff_argnums=(0,))
 _product.defvjp(_forward, _backward)
 
@@ -75,7 +78,7 @@ _product.defvjp(_forward, _backward)
 def product(
     spec: Spec, batch: tuple[int, ...], contract: tuple[int, ...], operands: Any
 ) -> jax.Array:
-    """x . (W + dW), or x . dW, of operands as a layer has them, x contracted along any axes.
+    """`_product` of operands as a layer has them, x contracted along any axes.
 
     Layers that are alike are traced once, and calls that are not traced are compiled.
 
@@ -87,8 +90,9 @@ def product(
     in_order = lambda x: lax.transpose(x, (*batch, *tokens, *contract))  # nothing to do, mostly
     of_adapters = functools.partial(jnp.stack, axis=len(batch))
     operands = {**operands, "x": in_order(operands["x"])}
-    scales = zip(*operands.pop("scales"), strict=True)
-    operands["lam"], operands["gamma"] = map(of_adapters, scales)
+    if spec.updated:
+        scales = zip(*operands.pop("scales"), strict=True)
+        operands["lam"], operands["gamma"] = map(of_adapters, scales)
     if "keep" in operands:
         operands["keep"] = of_adapters([in_order(keep) for keep in operands["keep"]])
     operands = varying_alike(operands)

@@ -190,6 +190,19 @@ class Backward(Pass):
         return {"dx": dx, "d_lam": d_lam, "d_gamma": d_gamma.reshape(gamma.shape)}
 
 
+class Frozen(Pass):
+    """Gives y, or of a dy the gradient of x, of the kernel alone."""
+
+    def __call__(self, x: Array, kernel: Array, dy: Array | None = None) -> Arrays:
+        """The result, of operands by name."""
+        tokens = self.spec.token_axes
+        ins = x.ndim - tokens
+        if dy is not None:
+            outputs = range(tokens, dy.ndim), range(ins, kernel.ndim)
+            return {"dx": self.dot(dy, kernel, *outputs, x.dtype)}
+        return {"y": self.dot(x, kernel, range(tokens, x.ndim), range(ins), self.spec.preferred)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropped(Pass):
     """A pass in which each adapter's input is what its dropout keeps of x; the kernel's is x."""
@@ -209,13 +222,9 @@ class Dropped(Pass):
         spec = self.spec
         alone = self.of(dataclasses.replace(spec, plus_kernel=False, rates=()))
         found: dict[str, list[Array]] = {}
-        if kernel is not None and "dy" in others:
-            dy, ins = others["dy"], x.ndim - spec.token_axes
-            outputs = range(spec.token_axes, dy.ndim), range(ins, kernel.ndim)
-            found["dx"] = [self.dot(dy, kernel, *outputs, x.dtype)]
-        elif kernel is not None:
-            inputs = range(spec.token_axes, x.ndim), range(x.ndim - spec.token_axes)
-            found["y"] = [self.dot(x, kernel, *inputs, spec.preferred)]
+        if kernel is not None:
+            frozen = Frozen(spec)(x=x, kernel=kernel, dy=others.get("dy"))
+            found = {name: [value] for name, value in frozen.items()}
         for i, rate in enumerate(spec.rates):
             left = functools.partial(_kept, keep=keep[i], rate=rate)
             part = alone(x=left(x), lam=lam[i : i + 1], gamma=gamma[i : i + 1], **others)
@@ -231,11 +240,6 @@ class Dropped(Pass):
 def _kept(x: Array, keep: Array, rate: float) -> Array:
     """What the dropout of one adapter leaves of x, or of its gradient."""
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)) if rate < 1 else x * keep
-
-
-def pass_of(kind: type[Forward] | type[Backward], spec: Spec) -> Forward | Backward | Dropped:
-    """The pass of a kind, with dropout if the call has it."""
-    return Dropped(spec, kind) if spec.rates else kind(spec)
 
 
 class KernelGradient(Pass):

@@ -2,7 +2,8 @@
 
 | operand | shape, in the kernel's own axes | |
 |---|---|---|
-| kernel | (in..., out...) | absent where the update alone is wanted |
+| kernel | (in..., out...) | absent where the update alone is wanted; codes of a quantised one |
+| scale, zero_point | (tiles or 1 for each axis) | of a quantised kernel |
 | x | (tokens..., in...) | |
 | keep | (a, tokens..., in...) | what dropout keeps of x for each adapter, if there is one |
 | dy | (tokens..., out...) | in the backward pass |
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
@@ -23,7 +25,36 @@ from jax.sharding import AbstractMesh, Mesh
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Axes, Division, Factors, Part, Told, mapped_factor
 
+Shape = tuple[int, ...]
 SHARED = frozenset(("A", "V"))  # by all layers of a stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The static part of a quantised kernel.
+
+    Attributes:
+      qtype: as qwix calls the type of the codes, "nf4" or a dtype.
+      beside: (name, shape) of the arrays beside the codes. Along each axis they have one number for
+        each of some tiles of equal size: the kernel's own size, one, or what divides it.
+      dtype: of the floats.
+    """
+
+    qtype: Any
+    beside: tuple[tuple[str, Shape], ...]
+    dtype: Any
+
+    def parts(self, kernel: Factors, kernel_shape: Shape) -> Iterator[tuple[str, Part]]:
+        """How what is beside the codes is divided: by tiles, as the kernel is by its rows."""
+        for name, shape in self.beside:
+            axes = enumerate(zip(shape, kernel_shape, kernel, strict=True))
+            factors = (f if size > 1 or size == of else f"u{i}" for i, (size, of, f) in axes)
+            yield name, Part(tuple(factors), group="q")
+
+    @property
+    def undivided(self) -> Factors:
+        """Names that `parts` gives to axes of one number."""
+        return tuple(f"u{i}" for i in range(max((len(s) for _, s in self.beside), default=0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +72,8 @@ class Spec:
     out_axes: tuple[tuple[str, ...], ...] = ()  # that divide the outputs, of a mesh with types
     told: Told | None = None
     stacked: int = 0  # leading axes that operands and results have, but for A and V
+    grid: Grid | None = None  # of a quantised kernel
+    updated: bool = True  # else it is x . W alone
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -65,6 +98,7 @@ class Spec:
         small, large = (ins, outs) if self.inputs_are_small else (outs, ins)
         operands = {
             "kernel": Part(ins + outs),
+            **(dict(self.grid.parts(ins + outs, self.kernel_shape)) if self.grid else {}),
             "x": Part(tokens + ins),
             "keep": Part(("a", *tokens, *ins), group="k"),
             "dy": Part(tokens + outs),
@@ -82,8 +116,9 @@ class Spec:
         absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
         absent |= set() if self.plus_kernel else {"kernel"}
         absent |= set() if self.rates else {"keep"}
+        absent |= set() if self.updated else {"A", "V", "lam", "gamma", "d_lam", "d_gamma"}
         present = lambda table: tuple((n, part) for n, part in table.items() if n not in absent)
-        undivided = ("a", "r", "n", "m")
+        undivided = ("a", "r", "n", "m") + (self.grid.undivided if self.grid else ())
         return Division(present(operands), present(results), tokens, undivided, self._told)
 
     @property
