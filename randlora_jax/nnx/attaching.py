@@ -18,7 +18,7 @@ from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.nnx.classes import take_class
 from randlora_jax.nnx.discovery import axis_names
-from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder
+from randlora_jax.nnx.layers import AdaptedLayer, RandLoraParam, holder, quantised_of
 from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
 from randlora_jax.ops.costs import Strategy
@@ -55,7 +55,9 @@ def attach(
             _attach_scales(modules[site.module], site, name, new.scales[name], data_axes)
             if config.randlora_dropout:
                 _attach_dropout(modules[site.module], site.stack, stream)
-    for path, kernels in _kernels_by_module(new.sites).items():
+    # A quantised layer needs our class for its product, if it has no update.
+    quantised = {path: {} for path, module in modules.items() if quantised_of(module)}
+    for path, kernels in (quantised | _kernels_by_module(new.sites)).items():
         layer = modules[path]
         adapted = "randlora_layer" in vars(layer)
         before = layer.randlora_layer.kernels if adapted else ()
