@@ -20,6 +20,7 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Told
 from randlora_jax.placement import mesh_axes
+from randlora_jax.quantised import codes
 from randlora_jax.sharding import padded, sites_by_name, spec_in, spec_of
 
 
@@ -59,7 +60,7 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
     bases = mesh_axes(spec_of(variables["randlora_bases"]["randlora_B"])[0])
     layers = {}
     for _, site in sites_by_name(variables, config):
-        box = trees.get(variables["params"], site.kernel_path)
+        box = codes(trees.get(variables["params"], site.kernel_path))
         array, path = trees.unboxed(box), trees.dotted(site.kernel_path)
         own = getattr(array, "sharding", None)
         if own is None and not isinstance(box, nn.Partitioned):

@@ -7,34 +7,41 @@ by its attributes elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax.core import meta
 
 PARTS = ("qvalue", "scale", "zero_point")  # of a QArray; the last can be None
 
 
-def is_quantised(leaf: Any) -> bool:
-    """Whether it is a QArray, or qwix's box around one."""
-    return all(hasattr(without_box(leaf), name) for name in PARTS)
-
-
 def without_box(leaf: Any) -> Any:
-    """What qwix's `WithAux` holds, which `qwix.quantize_params` puts around arrays."""
+    """A QArray without the box that holds it: qwix's `WithAux`, or one of Flax's."""
+    if isinstance(leaf, meta.Partitioned):
+        return leaf.value if is_quantised(leaf.value) else leaf
     return leaf.array if hasattr(leaf, "how") and hasattr(leaf, "array") else leaf
+
+
+def is_quantised(leaf: Any) -> bool:
+    """Whether it is a QArray, or a box around one."""
+    return all(hasattr(without_box(leaf), name) for name in PARTS)
 
 
 def codes(leaf: Any) -> Any:
     """The codes of a quantised array, or any other leaf: what says how it is divided and stored.
 
-    Where boxes of Flax name axes, those of the codes are in one.
+    Where a box of Flax's names axes, the codes are in such a one.
     """
-    if isinstance(leaf, meta.AxisMetadata) and is_quantised(leaf.unbox()):
-        return leaf.replace_boxed(codes(leaf.unbox()))
-    return without_box(leaf).qvalue if is_quantised(leaf) else leaf
+    if not is_quantised(leaf):
+        return leaf
+    array = without_box(leaf).qvalue
+    return leaf.replace(value=array) if isinstance(leaf, meta.Partitioned) else array
+
+
+def wrapped_by_qwix(cls: type) -> bool:
+    """Whether a model's class is one that `qwix.quantize_model` has made of the user's."""
+    return hasattr(cls, "_unquantized_type")
 
 
 def floats(leaf: Any) -> Any:
@@ -67,15 +74,3 @@ def type_of(leaf: Any) -> str:
     name = leaf.qtype if isinstance(leaf.qtype, str) else jnp.dtype(leaf.qtype).name
     tiles = (n // count for n, count in zip(leaf.shape, leaf.scale.shape, strict=True))
     return f"{name}, {' x '.join(map(str, tiles))}"
-
-
-def quantised_like(leaf: Any, value: jax.Array) -> Any:
-    """Other values, quantised as an array is: to its type, in its tiles, its scales' dtype."""
-    import qwix
-
-    leaf = without_box(leaf)
-    sizes = enumerate(zip(leaf.shape, leaf.scale.shape, strict=True))
-    tiles: Mapping[int, int] = {i: n // count for i, (n, count) in sizes if count > 1}
-    method = "absmax" if leaf.zero_point is None else "minmax"
-    new = qwix.quantize(value, leaf.qtype, tiled_axes=tiles, calibration_method=method)
-    return new.astype(leaf.scale.dtype)

@@ -17,6 +17,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.placement import fitting, mesh_axes
+from randlora_jax.quantised import codes, is_quantised, map_parts
 from randlora_jax.sites import GAMMA, Site
 from randlora_jax.stored import sites_of
 
@@ -83,7 +84,7 @@ def sharding(
     fields = {"data_axes": data_axes, "zero_axes": zero_axes, "bases_axes": bases_axes}
     for field, axes in fields.items():
         _check_axes(field, axes or (), on)
-    shapes = {path: trees.unboxed(leaf).shape for path, leaf in trees.items(variables)}
+    shapes = {path: trees.array_of(leaf).shape for path, leaf in trees.items(variables)}
     specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     B = ("randlora_bases", "randlora_B")
     specs[B] = P(*fitting([tuple(bases_axes)], shapes[B][:1], on)) if bases_axes else P()
@@ -94,7 +95,18 @@ def sharding(
             path = ("randlora", *([name] if name else []), *site.path, scale)
             more, shape = zero_axes if scale == GAMMA else (), shapes[path]
             specs[path] = P(*_divided_more(fitting(axes, shape, on), shape, more, on))
-    return trees.map_with_path(lambda path, _: NamedSharding(on, specs[path]), variables)
+    return trees.map_with_path(lambda path, leaf: placed(leaf, specs[path], on), variables)
+
+
+def placed(leaf: Any, spec: P, mesh: Mesh | AbstractMesh) -> Any:
+    """The sharding of a leaf; of a quantised one a leaf of them, tiles divided like the codes."""
+
+    def of(name, array):
+        entries = padded(spec, trees.unboxed(array).ndim) if name else spec
+        fits = P(*fitting(entries, trees.unboxed(array).shape, mesh)) if name else spec
+        return NamedSharding(mesh, fits)
+
+    return map_parts(of, leaf if is_quantised(leaf) else trees.unboxed(leaf))
 
 
 def sites_by_name(variables: trees.Tree, config: named.Configs) -> Iterator[tuple[str, Site]]:
@@ -118,14 +130,14 @@ def followed(
 
 def mesh_of(variables: trees.Tree) -> Mesh | AbstractMesh | None:
     """The mesh that variables are on, if an array among them is on one."""
-    found = (getattr(trees.unboxed(leaf), "sharding", None) for _, leaf in trees.items(variables))
+    found = (getattr(trees.array_of(leaf), "sharding", None) for _, leaf in trees.items(variables))
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
 
 
 def whole_beside(params: trees.Tree, added: Any) -> Any:
     """What is added to a base, whole on each device of the mesh that the base is on, if on one."""
     mesh = mesh_of(params)
-    traced = any(isinstance(trees.unboxed(leaf), Tracer) for _, leaf in trees.items(params))
+    traced = any(isinstance(trees.array_of(leaf), Tracer) for _, leaf in trees.items(params))
     if traced or mesh is None:
         return added
     where = NamedSharding(mesh, P())
@@ -150,6 +162,7 @@ def along(kernel: Any, axes: Sequence[Any], scale: Any) -> Any:
 
 def spec_of(array: Any) -> tuple[Any, ...]:
     """What each of an array's axes is divided by, if it is on a mesh."""
+    array = codes(array)
     kind = getattr(array, "sharding", None)
     return padded(kind.spec if isinstance(kind, NamedSharding) else P(), array.ndim)
 
@@ -165,6 +178,7 @@ def spec_in(path: trees.Path, leaf: Any, mesh: Mesh | AbstractMesh, rules: Rules
     Raises:
       ValueError: for a box's name that is no axis of the mesh.
     """
+    leaf = codes(leaf)
     if not isinstance(leaf, nn.Partitioned):
         kind = getattr(leaf, "sharding", None)
         return kind.spec if isinstance(kind, NamedSharding) else P()

@@ -57,7 +57,8 @@ class Kernel:
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(
                 f"{self.name!r} is {jnp.dtype(self.dtype)}, which can hold no update: adapt a "
-                "kernel of floating point numbers, or give the layer's name to exclude_modules"
+                "kernel of floating point numbers, or codes with their scales, as quantize makes "
+                "them, or give the layer's name to exclude_modules"
             )
 
     @property

@@ -11,6 +11,7 @@ from randlora_jax import targets, trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.quantised import is_quantised
 from randlora_jax.sites import parse_label
 
 FROZEN = "frozen"
@@ -47,13 +48,19 @@ def labels(
     scales = (path for tree in by_name.values() for path, _ in trees.items(tree))
     adapted = {parse_label(path[:-1], params)[0][:-1] for path in scales}
 
-    def label(path, _):
+    def label(path, leaf):
         collection, *inside = path
         if collection == "randlora":
             return path[-1] if not several or path[1] in trains else FROZEN
         if collection != "params":
             return FROZEN
         if targets.is_saved_whole(one, trees.dotted(tuple(inside[:-1]))):
+            if is_quantised(leaf):
+                raise ValueError(
+                    f"modules_to_save={one.modules_to_save} names {trees.dotted(tuple(inside))!r}, "
+                    "which is quantised and can't train: give its module to exclude_modules of "
+                    "quantize"
+                )
             return "modules_to_save"
         everywhere, here = one.bias == "all", tuple(inside[:-1]) in adapted
         wanted = everywhere or (one.bias == "randlora_only" and here)

@@ -74,6 +74,11 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(value, tree, is_leaf=is_box)
 
 
+def array_of(leaf: Any) -> Any:
+    """The array of a leaf, without its box; of a quantised one the codes, which have its shape."""
+    return unboxed(codes(leaf))
+
+
 def replaced(leaf: Any, value: Any) -> Any:
     """A value in the box, if there is one, that a leaf is in; nested boxes are one of Flax's."""
     box = codes(leaf)

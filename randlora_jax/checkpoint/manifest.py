@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from randlora_jax import bases as bases_lib
 from randlora_jax import trees
+from randlora_jax.checkpoint.base_types import base_types
 from randlora_jax.checkpoint.fingerprints import check_dtypes, fingerprints, name_of, shape_of
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
@@ -76,11 +77,13 @@ class Manifest:
       config: the adapter's.
       bases: of its bases, whether they are in it or not.
       arrays: the fingerprint of every array in it, by path.
+      base: as `base_types` tells of the base that it was trained on; None if nothing tells.
     """
 
     config: RandLoraConfig
     bases: BasesRecord
     arrays: dict[str, str]
+    base: dict[str, str] | None = None
 
     @property
     def holds_bases(self) -> bool:
@@ -94,6 +97,7 @@ class Manifest:
             "config": self.config.to_dict(),
             "bases": bases,
             "arrays": self.arrays,
+            **({} if self.base is None else {"base": self.base}),
         }
         return {**described, "digest": _digest(described)}
 
@@ -117,7 +121,8 @@ class Manifest:
         config = RandLoraConfig.from_dict(described["config"])
         known = {f.name for f in dataclasses.fields(BasesRecord)}  # a newer one may say more
         bases = {name: value for name, value in described["bases"].items() if name in known}
-        return cls(config, BasesRecord(**bases), dict(described["arrays"]))
+        arrays, base = dict(described["arrays"]), described.get("base")
+        return cls(config, BasesRecord(**bases), arrays, base)
 
     def check_dtypes(self) -> None:
         """Raises BadAdapter for arrays that JAX would read as narrower ones."""
@@ -174,7 +179,8 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
             "save_projection=False, but these bases are not those that projection_prng_key="
             f"{config.projection_prng_key} draws, and would be lost: set save_projection=True"
         )
-    return arrays, Manifest(config, record, fingerprints(arrays))
+    base = base_types(variables) if variables.get("params") else None
+    return arrays, Manifest(config, record, fingerprints(arrays), base)
 
 
 def attach(arrays: trees.Tree, config: RandLoraConfig, variables: trees.Tree) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from randlora_jax import trees
+from randlora_jax.checkpoint.base_types import base_types, tell_of_another_base
 from randlora_jax.checkpoint.manifest import MARK, BadAdapter, Manifest, attach, damaged, pack
 from randlora_jax.checks import check_config, check_same_config, check_variables
 from randlora_jax.config import RandLoraConfig
@@ -84,9 +85,11 @@ class _AdapterHandler(ocp.StandardCheckpointHandler):
         try:
             if args.config is not None:
                 check_same_config(manifest.config, args.config)
-            return attach(arrays, manifest.config, args.variables), manifest.config
+            loaded = attach(arrays, manifest.config, args.variables)
         except ValueError as error:
             raise ValueError(f"{directory} {error}") from None
+        tell_of_another_base(manifest.base, base_types(loaded), stacklevel=6)
+        return loaded, manifest.config
 
 
 @ocp.args.register_with_handler(_AdapterHandler, for_save=True)
@@ -166,7 +169,7 @@ def resolved(path: str | os.PathLike[str]) -> epath.Path:
 
 def _everywhere(variables: trees.Tree | None = None) -> Sharding:
     """Where arrays are restored to: to all devices of the base, or of several processes."""
-    leaves = [trees.unboxed(leaf) for _, leaf in trees.items(variables or {})]
+    leaves = [trees.array_of(leaf) for _, leaf in trees.items(variables or {})]
     found = [getattr(leaf, "sharding", None) for leaf in leaves]
     for sharding in found:
         if isinstance(sharding, NamedSharding):  # the rest of the base may be on no mesh by itself

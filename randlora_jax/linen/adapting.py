@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 from flax.core import unfreeze
 
 from randlora_jax import trees
@@ -16,12 +17,23 @@ from randlora_jax.linen.calls import deterministic_of
 from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import Interceptor
 from randlora_jax.linen.scales import boxed
+from randlora_jax.quantised import wrapped_by_qwix
 from randlora_jax.sharding import whole_beside
 
 if TYPE_CHECKING:
     from randlora_jax.linen.model import RandLora
 
 ADDED = ("randlora", "randlora_bases")
+
+
+def check_base(base: nn.Module) -> None:
+    """Raises a ValueError for a model that qwix has wrapped: it runs our layers past its own."""
+    if wrapped_by_qwix(type(base)):
+        raise ValueError(
+            f"the {type(base).__name__} is what qwix.quantize_model makes, which quantises inside "
+            "its calls, activations too where act_qtype says so: give the model itself, as in "
+            "RandLora(model, config).adapt({'params': quantized_params}, x)"
+        )
 
 
 def base_of(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +45,7 @@ def adapted_variables(
     model: RandLora, variables: trees.Tree, args: Any, kwargs: Any, method: Any, rngs: Any
 ) -> dict[str, Any]:
     """As `RandLora.adapt`, of whose caller warnings speak."""
+    check_base(model)
     check_variables(variables, "params")
     variables = unfreeze(dict(variables))
     if "randlora" in variables:
@@ -57,6 +70,7 @@ def interceptor_of(
     model: RandLora, call: Any, variables: Any, args: Any, kwargs: Any, rngs: Any
 ) -> tuple[Interceptor, dict[str, Any]]:
     """What adapts the layers in a call; the base's keywords."""
+    check_base(model)
     active = named.active(model.config, model.active)
     given, kwargs = deterministic_of(call, args, kwargs)
     given = model.deterministic if given is None else given

@@ -21,7 +21,13 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_config
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.layout import Layout, layout_of
-from randlora_jax.linen.adapting import ADDED, adapted_variables, base_of, interceptor_of
+from randlora_jax.linen.adapting import (
+    ADDED,
+    adapted_variables,
+    base_of,
+    check_base,
+    interceptor_of,
+)
 from randlora_jax.linen.calls import deterministic_of, unbound
 from randlora_jax.linen.discovery import discover
 from randlora_jax.ops.costs import Strategy
@@ -90,6 +96,7 @@ class RandLora(nn.Module):
                 f"base must be a Linen module, got a {type(base).__name__}: it comes first, then "
                 "the config; randlora_jax.nnx.inject adapts an NNX model"
             )
+        check_base(base)
         if isinstance(base, RandLora):
             raise ValueError("base is a RandLora already: name its adapters in one config, {...}")
         # As an attribute of ours it would be adopted: under the name "base", with keys that
@@ -208,7 +215,12 @@ class RandLora(nn.Module):
 
     @nn.nowrap
     def merge(
-        self, variables: trees.Tree, *args: Any, safe: bool = True, **kwargs: Any
+        self,
+        variables: trees.Tree,
+        *args: Any,
+        safe: bool = True,
+        requantize: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The base's parameters with the active updates in them, for `base.apply({"params": ...})`.
 
@@ -220,6 +232,7 @@ class RandLora(nn.Module):
           *args, **kwargs: example inputs as for `adapt`, needed only where a kernel's shape does
             not tell which of its axes are inputs (an error says so).
           safe: refuse results that are not finite. It needs real values: no effect under `jit`.
+          requantize: as for `randlora_jax.merge`; by default a quantised base becomes floats.
 
         Raises:
           ValueError: naming the layer, if its merged kernel is not finite or nothing fits.
@@ -230,7 +243,8 @@ class RandLora(nn.Module):
             base = base_of(variables)
             seen, _ = discover(self.base, config, self.parameters, base, args, kwargs)
             known |= {site.path: site for site in seen}
-        return merging.merge_adapters(variables, self.config, active, known, safe=safe)
+        options = {"safe": safe, "requantize": requantize}
+        return merging.merge_adapters(variables, self.config, active, known, **options)
 
     @nn.nowrap
     def with_layout(self, variables: trees.Tree, batch: Any) -> RandLora:

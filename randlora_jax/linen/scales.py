@@ -15,6 +15,7 @@ import numpy as np
 from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.quantised import codes
 from randlora_jax.sharding import along, spec_of
 from randlora_jax.sites import LAMBDA, NUMBER, SCALES, Site, Stack, parse_label, scale_name
 from randlora_jax.stacks import part_of_stack
@@ -68,7 +69,7 @@ def boxed(
     """A tree of scales, boxed and placed like their kernels where these are stacked."""
     leaves = dict(scales)
     for site in sites:
-        box = trees.get(variables["params"], site.kernel_path)
+        box = codes(trees.get(variables["params"], site.kernel_path))
         kernel = trees.unboxed(box)
         for scale, axes in site.scale_axes(spec_of(kernel)).items():
             path = (*site.path, scale)

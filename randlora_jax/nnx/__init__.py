@@ -5,6 +5,7 @@ from randlora_jax.nnx.layers import RandLoraParam
 from randlora_jax.nnx.layout import set_layout
 from randlora_jax.nnx.lending import RandLoraBasis, lend_bases
 from randlora_jax.nnx.model import inject, load_adapter, merge, remove
+from randlora_jax.nnx.quantising import quantize
 from randlora_jax.nnx.state import ADDED, trainable, update, variables
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "lend_bases",
     "load_adapter",
     "merge",
+    "quantize",
     "remove",
     "set_active",
     "set_layout",

@@ -55,9 +55,8 @@ def attach(
             _attach_scales(modules[site.module], site, name, new.scales[name], data_axes)
             if config.randlora_dropout:
                 _attach_dropout(modules[site.module], site.stack, stream)
-    # A quantised layer needs our class for its product, if it has no update.
-    quantised = {path: {} for path, module in modules.items() if quantised_of(module)}
-    for path, kernels in (quantised | _kernels_by_module(new.sites)).items():
+    attach_products(modules)
+    for path, kernels in _kernels_by_module(new.sites).items():
         layer = modules[path]
         adapted = "randlora_layer" in vars(layer)
         before = layer.randlora_layer.kernels if adapted else ()
@@ -67,6 +66,17 @@ def attach(
         layer.randlora_layer = AdaptedLayer(tuple(together.values()), active, strategy, told)
         take_class(layer, adapted=True, root="randlora_config" in vars(layer))
         settle(layer, model)
+
+
+def attach_products(modules: Mapping[trees.Path, Any]) -> None:
+    """Gives layers with quantised parameters our class for their product, whether adapted or not.
+
+    One that the root of a model has besides, and lends by, stays.
+    """
+    for layer in modules.values():
+        if quantised_of(layer) and "randlora_layer" not in vars(layer):
+            layer.randlora_layer = AdaptedLayer((), (), "auto")
+            take_class(layer, adapted=True, root="randlora_config" in vars(layer))
 
 
 def _stream(rngs: nnx.Rngs) -> Any:

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.layers import call
 from randlora_jax.nnx.lending import LOAN, bases_of, lent
+from randlora_jax.quantised import wrapped_by_qwix
 
 # Operators that a layer can define to be used by.
 _OPERATORS = ("__call__", "__getitem__", "__matmul__", "__rmatmul__")
@@ -43,6 +44,11 @@ def root_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose public methods lend the bases to the layers."""
 
     def lending(root, method, decorated, name, args, kwargs):
+        if wrapped_by_qwix(type(root)):
+            raise ValueError(
+                "qwix.quantize_model would take an adapter's factors for kernels: quantise the "
+                "model at first, randlora_jax.nnx.quantize(model, qtype='int8'), and then inject"
+            )
         _refuse_to_donate_twice(name, decorated)
         arrays = bases_of(root).values()
         with lent(root, shared=isinstance(decorated, JitWrapped)) as stacked:

@@ -14,6 +14,7 @@ from randlora_jax import targets, trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.equations import KernelAxes
 from randlora_jax.left_out import Seen, may_be_kernels, warn_of_left_out
+from randlora_jax.quantised import wrapped_by_qwix
 from randlora_jax.raw_parameters import Parameters, check_parameters, raw_kernels
 from randlora_jax.registry import (
     LayerRule,
@@ -81,6 +82,23 @@ def modules_of(model: nnx.Module) -> dict[trees.Path, nnx.Module]:
     )
     ours = {(*path, label) for path, a in adapted for k in a.kernels for label in k.label}
     return {path: module for path, module in found.items() if path not in ours}
+
+
+def check_model(model: Any, modules: Modules) -> None:
+    """Raises a TypeError or a ValueError for what is no NNX model, or one that qwix has wrapped."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be an NNX module, got a {type(model).__name__}: it comes first; "
+            "randlora_jax.linen has the same for a Linen module"
+        )
+    for path, module in modules.items():
+        if wrapped_by_qwix(type(module)):
+            raise ValueError(
+                f"{trees.shown(path)} is what qwix.quantize_model makes, whose kernels are no "
+                "variables, and which quantises inside its calls, activations too where act_qtype "
+                "says so: randlora_jax.nnx.quantize(model, qtype='int8') of the model itself, and "
+                "then inject"
+            )
 
 
 def variables_of(model: nnx.Module, kind: Any = nnx.Variable) -> dict[trees.Path, Any]:

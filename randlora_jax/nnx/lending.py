@@ -58,8 +58,9 @@ class ClosedOver:
 
 
 def adapted_modules(root: nnx.Module) -> dict[trees.Path, Any]:
-    """The modules with updates by their paths."""
-    return {path: m for path, m in modules_of(root).items() if "randlora_layer" in vars(m)}
+    """The modules with updates by their paths; those with a quantised kernel alone need no loan."""
+    has_updates = lambda m: "randlora_layer" in vars(m) and m.randlora_layer.kernels
+    return {path: m for path, m in modules_of(root).items() if has_updates(m)}
 
 
 def bases_of(root: nnx.Module) -> Arrays:

@@ -25,12 +25,14 @@ from randlora_jax.nnx.attaching import (
     Adapters,
     Scales,
     attach,
+    attach_products,
     given_scales,
     making_variables,
 )
 from randlora_jax.nnx.classes import all_or_nothing, set_class, take_class
 from randlora_jax.nnx.discovery import (
     axis_names,
+    check_model,
     find,
     modules_of,
     original_class,
@@ -133,8 +135,10 @@ def inject(
     check_config(config, several=True)
     named.check(config, active)
     modules, configs = modules_of(model), named.by_name(config)
+    check_model(model, modules)
     for path, module in modules.items():
-        if hasattr(module, "randlora_class"):
+        adapted = vars(module).get("randlora_layer")
+        if "randlora_config" in vars(module) or (adapted is not None and adapted.kernels):
             raise ValueError(f"{trees.shown(path)} is injected already: merge or remove that first")
     sites = {name: find(modules, one, parameters or {}) for name, one in configs.items()}
     kernels = [variable_of(modules, site) for own in sites.values() for site in own]
@@ -219,7 +223,7 @@ def _raw_parameters(model: nnx.Module, values: trees.Tree) -> dict[str, Axes]:
     return found
 
 
-def merge(model: Model, *, safe: bool = True) -> Model:
+def merge(model: Model, *, safe: bool = True, requantize: bool = False) -> Model:
     """Folds the active updates into the kernels, and takes away what `inject` added.
 
     Computed in float32 and rounded once to each kernel's dtype; shardings stay. To undo it, keep
@@ -229,6 +233,7 @@ def merge(model: Model, *, safe: bool = True) -> Model:
     Args:
       model: an injected model; it is changed in place.
       safe: refuse results that are not finite. It needs real values: no effect under `jit`.
+      requantize: as for `randlora_jax.merge`; by default a quantised base becomes floats.
 
     Raises:
       ValueError: naming the layer, if its merged kernel is not finite; nothing is changed then.
@@ -240,15 +245,17 @@ def merge(model: Model, *, safe: bool = True) -> Model:
             known[site.path] = site
     config, strengths = config_of(model), strengths_of(model)
     values = named.with_strength(variables(model), config, strengths)
-    params = merging.merge_adapters(values, config, active_of(model), known, safe=safe)
+    options = {"safe": safe, "requantize": requantize}
+    params = merging.merge_adapters(values, config, active_of(model), known, **options)
     set_params(model, params)
     return remove(model)
 
 
 def remove(model: Model) -> Model:
-    """Takes away what `inject` added, and leaves the parameters as they are."""
+    """Takes away what `inject` added, and leaves the parameters as they are, quantised or not."""
     config_of(model)
-    layers = adapted_modules(model).values()
+    modules = modules_of(model)
+    layers = [module for module in modules.values() if "randlora_layer" in vars(module)]
     with all_or_nothing((*layers, model)):
         for module in layers:
             unsettle(module)
@@ -260,4 +267,5 @@ def remove(model: Model) -> Model:
             set_class(module, original_class(module))
             for key in [key for key in vars(module) if key.startswith("randlora_")]:
                 delattr(module, key)
+        attach_products(modules)
     return model

@@ -1,0 +1,196 @@
+"""Quantising kernels with qwix, and what a merged kernel loses where it is quantised again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from randlora_jax import trees
+from randlora_jax.placement import has_values
+from randlora_jax.quantised import floats, is_quantised, type_of
+from randlora_jax.sharding import placed
+from randlora_jax.sites import Site, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How kernels are quantised, as a rule of qwix says it.
+
+    Attributes:
+      qtype: "int8", "int4", "nf4", a dtype, or whatever else qwix knows.
+      tile_size: how many numbers along the last input axis share a scale; None is all. Along other
+        inputs all share one, and each output has its own, and each matrix of a stack.
+    """
+
+    qtype: Any
+    tile_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.tile_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"tile_size must be a number of inputs, as 64, or None, got {size!r}")
+        try:
+            jax.eval_shape(lambda: _qwix().quantize(jnp.ones((1, 1)), self.qtype))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"qtype={self.qtype!r} is no type that qwix quantises to ({error}): give 'int8', "
+                "'int4' or 'nf4'"
+            ) from None
+
+    def check(self, site: Site) -> None:
+        """Raises a ValueError for a kernel that can't be cut into tiles."""
+        size = site.kernel.shape[site.kernel.input_axes[-1]]
+        if self.tile_size and size % self.tile_size:
+            raise ValueError(
+                f"tile_size={self.tile_size} does not divide the {size} inputs of "
+                f"{trees.dotted(site.kernel_path)!r}: give one that does, or the layer's name to "
+                "exclude_modules"
+            )
+
+
+def quantise_sites(
+    params: Mapping[trees.Path, Any], sites: Iterable[Site], how: How, *, donate: bool = False
+) -> Iterator[tuple[trees.Path, Any]]:
+    """The kernels of sites by path, quantised one after the other, in the boxes that they were in.
+
+    Args:
+      params: leaves by path, of which those that are quantised already are left out.
+      donate: delete each array when its codes are there.
+
+    Raises:
+      ValueError: for tiles that don't divide a kernel's inputs, before the first is quantised.
+    """
+    kernels = {site.kernel_path: site for site in sites}
+    kernels = {p: site for p, site in kernels.items() if not is_quantised(params[p])}
+    for site in kernels.values():
+        how.check(site)
+    for path, site in kernels.items():
+        value = trees.unboxed(params[path])
+        new = _quantised(value, site, how)
+        if donate and isinstance(value, jax.Array) and has_values(value):
+            jax.block_until_ready(new)
+            value.delete()
+        yield path, trees.replaced(params[path], new)
+
+
+def _quantised(value: Any, site: Site, how: How) -> Any:
+    """One kernel, where it is and divided as it is; of an abstract one, the shapes."""
+    kernel, tile = site.kernel, how.tile_size
+    by_channel = tuple(i for i in range(len(kernel.shape)) if i not in kernel.input_axes)
+    tiles = ((kernel.input_axes[-1], tile),) if tile else ()
+    function = _Quantise(how.qtype, by_channel, tiles)
+    shapes = jax.eval_shape(site.stack.over(function), value)
+    own = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
+    where = placed(shapes, own.spec, own.mesh) if isinstance(own, NamedSharding) else None
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return _quantiser(function, site.stack, where)(value)
+    struct = lambda part, sharding=None: jax.ShapeDtypeStruct(
+        part.shape, part.dtype, sharding=sharding
+    )
+    return shapes if where is None else jax.tree.map(struct, shapes, where)
+
+
+@functools.lru_cache(maxsize=256)  # kernels of one shape share what is compiled
+def _quantiser(function: _Quantise, stack: Stack, where: Any) -> Any:
+    run = stack.over(function)
+    if where is not None and where.scale.spec == where.qvalue.spec:
+        # No tile is cut: a search of nf4's values over all of the codes would gather them.
+        codes, specs = where.qvalue, jax.tree.map(lambda sharding: sharding.spec, where)
+        run = jax.shard_map(run, mesh=codes.mesh, in_specs=codes.spec, out_specs=specs)
+    return jax.jit(run, out_shardings=where)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quantise:
+    """A function of one layer's kernel."""
+
+    qtype: Any
+    by_channel: tuple[int, ...]
+    tiles: tuple[tuple[int, int], ...]
+
+    def __call__(self, value: jax.Array) -> Any:
+        channels, tiles = self.by_channel, dict(self.tiles)
+        return _qwix().quantize(value, self.qtype, channelwise_axes=channels, tiled_axes=tiles)
+
+
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError:
+        raise ImportError(
+            "quantised kernels are qwix's: pip install 'randlora_jax[quantised]'"
+        ) from None
+    return qwix
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Of one kernel: the norms of its update, and of what rounding made of the merged one."""
+
+    update: Any
+    error: Any
+    type: str
+
+    @property
+    def part(self) -> float:
+        """The error as a part of the update; 1 where there is no update, which is all lost."""
+        return float(self.error) / float(self.update) if self.update else 1.0
+
+
+def quantised_like(leaf: Any, value: jax.Array) -> Any:
+    """Other values, quantised as a QArray is: to its type, in its tiles, of its scales' dtype."""
+    sizes = enumerate(zip(leaf.shape, leaf.scale.shape, strict=True))
+    tiles = {i: n // count for i, (n, count) in sizes if count > 1}
+    method = "absmax" if leaf.zero_point is None else "minmax"
+    value = value.astype(leaf.dtype)
+    return _qwix().quantize(value, leaf.qtype, tiled_axes=tiles, calibration_method=method)
+
+
+def requantised(old: Any, merged: jax.Array) -> tuple[Any, Loss]:
+    """Merged floats, quantised as the old kernel was, and what that has cost."""
+    sharding = None
+    if not isinstance(merged, Tracer):
+        sharding = jax.tree.map(lambda part: part.sharding, old)
+    new, update, error = _requantiser(jax.tree.structure(old), sharding)(old, merged)
+    return new, Loss(update, error, type_of(old))
+
+
+@functools.lru_cache(maxsize=256)
+def _requantiser(structure: Any, sharding: Any) -> Any:
+    def run(old, merged):
+        new = quantised_like(old, merged)
+        wide = lambda array: floats(array).astype(jnp.float32)
+        norm = lambda a, b: jnp.linalg.norm((wide(a) - wide(b)).reshape(-1))
+        return new, norm(merged, old), norm(new, merged)
+
+    return jax.jit(run, out_shardings=None if sharding is None else (sharding, None, None))
+
+
+def tell_of_losses(losses: Mapping[str, Loss], stacklevel: int) -> None:
+    """Warns of what all kernels have lost; of nothing under `jit`, which has no values."""
+    known = {n: loss for n, loss in losses.items() if not isinstance(loss.update, Tracer)}
+    if not known:
+        return
+    parts = {name: loss.part for name, loss in known.items()}
+    worst = max(parts, key=lambda name: parts[name])
+    drowned = sum(part >= 1 for part in parts.values())
+    text = (
+        f"merged kernels were rounded to {known[worst].type} again: the error is "
+        f"{statistics.median(parts.values()):.0%} of the update at the median kernel, and "
+        f"{parts[worst]:.0%} at the worst, {worst!r}"
+    )
+    if drowned:
+        text += (
+            f". In {drowned} of {len(parts)} kernels the update is smaller than the grid, and "
+            "mostly lost: merge without requantize, or keep the adapter beside the base"
+        )
+    warnings.warn(text, stacklevel=stacklevel)
