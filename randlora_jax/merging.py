@@ -16,6 +16,7 @@ from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.ops.dot_general import delta_weight, prepare_scales
 from randlora_jax.ops.products import accumulation_dtype
+from randlora_jax.ops.quantised import rounded_floats
 from randlora_jax.quantised import codes, floats, is_quantised
 from randlora_jax.quantising import Loss, requantised, tell_of_losses
 from randlora_jax.sites import Kernel, Site, Stack
@@ -98,7 +99,7 @@ def _merger(updates: tuple[tuple[Kernel, Stack, float], ...], sharding: Any) -> 
 
     def merged(stored, bases, scales):
         A, B = bases["randlora_A"], bases["randlora_B"]
-        stored = floats(stored)
+        stored = rounded_floats(stored)
         total = stored.astype(accumulation_dtype(stored.dtype, *(lam.dtype for lam, _ in scales)))
         for (kernel, stack, scaling), pair in zip(updates, scales, strict=True):
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from randlora_jax import bases as bases_lib
@@ -13,6 +15,7 @@ from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.left_out import described, left_out
 from randlora_jax.ops.costs import Strategy, cheapest, product_flops
+from randlora_jax.quantised import is_quantised, type_of
 from randlora_jax.sites import Kernel
 from randlora_jax.stored import sites_of
 from randlora_jax.tables import readable, table_of
@@ -79,6 +82,7 @@ def summary(
     saved = bases_lib.nbytes(leaves) + held * config.save_projection
     facts = [
         ("trainable parameters", f"{trains:,} of {total:,} ({100 * trains / total:.2f} %)"),
+        *_of_base(variables["params"]),
         ("bases", f"{readable(held)}, one pair for all layers"),
         ("checkpoint", readable(saved) + ("" if config.save_projection else ", without the bases")),
     ]
@@ -101,16 +105,32 @@ def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str,
     return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
 
 
+def _of_base(params: trees.Tree) -> list[tuple[str, str]]:
+    """What a quantised base takes, and what it saves."""
+    leaves = [trees.unboxed(leaf) for _, leaf in trees.items(params)]
+    quantised = [leaf for leaf in leaves if is_quantised(leaf)]
+    if not quantised:
+        return []
+    size = lambda leaf: sum(bases_lib.nbytes({0: part}) for part in jax.tree.leaves(leaf))
+    floats = (math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in quantised)
+    saved = sum(floats) - sum(map(size, quantised))
+    kinds = collections.Counter(type_of(leaf).partition(",")[0] for leaf in quantised)
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    total = readable(sum(map(size, leaves)))
+    return [("base", f"{total}, {readable(saved)} less by quantised kernels ({listed})")]
+
+
 def _on_each_device(variables: trees.Tree, shardings: trees.Tree) -> list[tuple[str, str]]:
     """What one device holds of the base, the scales and the bases, if there are several."""
     given, several = dict(trees.items(shardings)), 1
     held: dict[str, int] = {"params": 0, "randlora": 0, "randlora_bases": 0}
     for path, leaf in trees.items({name: variables[name] for name in held}):
-        array = trees.unboxed(leaf)
-        where, shape = given.get(path, getattr(array, "sharding", None)), array.shape
-        if isinstance(where, Sharding):
-            several, shape = max(several, where.num_devices), where.shard_shape(shape)
-        held[path[0]] += bases_lib.nbytes({path: jax.ShapeDtypeStruct(shape, array.dtype)})
+        arrays, placed = jax.tree.leaves(trees.unboxed(leaf)), jax.tree.leaves(given.get(path))
+        for array, where in zip(arrays, placed or [None] * len(arrays), strict=True):
+            where, shape = where or getattr(array, "sharding", None), array.shape
+            if isinstance(where, Sharding):
+                several, shape = max(several, where.num_devices), where.shard_shape(shape)
+            held[path[0]] += bases_lib.nbytes({path: jax.ShapeDtypeStruct(shape, array.dtype)})
     parts = zip(("base", "scales", "bases"), map(readable, held.values()), strict=True)
     text = ", ".join(f"{what} {size}" for what, size in parts)
     return [(f"on each of {several}", text)] if several > 1 else []

@@ -37,6 +37,7 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
+from randlora_jax.ops.quantised import rounded_floats
 from randlora_jax.quantised import floats
 from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
@@ -102,7 +103,7 @@ class Call(abc.ABC):
 
 def _floats(name: str, value: Any) -> Any:
     """A module's own parameter as floats; what is a submodule's is this one's business."""
-    return floats(value) if name else value
+    return rounded_floats(value) if name else value
 
 
 def prepare(

@@ -34,14 +34,15 @@ def tell_of_another_base(
     Args:
       trained: None where nobody noted it.
     """
-    names = sorted({*(trained or now), *now})
-    there, here = ([types.get(name, FLOATS) for name in names] for types in (trained or now, now))
+    before = now if trained is None else trained
+    names = sorted({*before, *now})
+    there, here = ([types.get(name, FLOATS) for name in names] for types in (before, now))
     differ = [trio for trio in zip(names, there, here, strict=True) if trio[1] != trio[2]]
     if differ:
-        name, before, after = differ[0]
+        name, old, new = differ[0]
         warnings.warn(
-            f"the adapter was trained on a base whose {name!r} is of {before}, and this one's is "
-            f"of {after}; so it is with {len(differ)} kernels. Its update made up for the rounding "
+            f"the adapter was trained on a base whose {name!r} is of {old}, and this one's is "
+            f"of {new}; so it is with {len(differ)} kernels. Its update made up for the rounding "
             "of the old base: train on, or load it onto a base of that type",
             stacklevel=stacklevel + 1,
         )

@@ -34,13 +34,13 @@ class Grid:
     """The static part of a quantised kernel.
 
     Attributes:
-      qtype: as qwix calls the type of the codes, "nf4" or a dtype.
+      levels: what each code stands for, if that is not itself.
       beside: (name, shape) of the arrays beside the codes. Along each axis they have one number for
         each of some tiles of equal size: the kernel's own size, one, or what divides it.
       dtype: of the floats.
     """
 
-    qtype: Any
+    levels: tuple[float, ...] | None
     beside: tuple[tuple[str, Shape], ...]
     dtype: Any
 
