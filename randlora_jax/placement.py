@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,3 +52,11 @@ def whole(array: jax.Array) -> jax.Array:
     if not any(sharding.spec) or AxisType.Explicit not in sharding.mesh.axis_types:
         return array
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def automatic(function: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """A function whose division is the compiler's business, also where types say how `like` is."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in (sharding.mesh.axis_types or ()):
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=sharding)

@@ -7,13 +7,19 @@ by its attributes elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from randlora_jax.placement import automatic
+
 PARTS = ("qvalue", "scale", "zero_point")  # of a QArray; the last can be None
+_TILES = {"mxfp8": {1: 32}, "mxfp4": {1: 32}, "nvfp4": {1: 16}}  # without which qwix refuses
 
 
 def without_box(leaf: Any) -> Any:
@@ -45,12 +51,61 @@ def wrapped_by_qwix(cls: type) -> bool:
 
 
 def floats(leaf: Any) -> Any:
-    """An array as it is, or the floats of a quantised one, by qwix: of its scale's dtype."""
+    """An array as it is, or the floats of a quantised one: of its scale's dtype."""
     if not is_quantised(leaf):
         return leaf
-    import qwix
+    leaf = without_box(leaf)
+    make = functools.partial(dequantised, levels=levels_of(leaf.qtype))
+    return automatic(make, leaf.qvalue)(leaf.qvalue, leaf.scale, leaf.zero_point)
 
-    return qwix.dequantize(without_box(leaf))
+
+def dequantised(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None = None,
+    *,
+    levels: tuple[float, ...] | None = None,
+) -> jax.Array:
+    """What `qwix.dequantize` gives, to the last bit.
+
+    qwix's own makes one row of an nf4 array, which devices would have to gather, and has an array
+    for a constant, which can't be in a function that the compiler divides.
+
+    Args:
+      levels: what each code stands for, if that is not itself.
+    """
+    if levels is not None:
+        table = jnp.stack([jnp.float32(level) for level in levels])
+        codes = table[codes.astype(jnp.int32)]
+    values = codes.astype(scale.dtype)
+    if zero_point is not None:
+        values = _by_tiles(operator.sub, values, zero_point.astype(scale.dtype))
+    return _by_tiles(operator.mul, values, scale)
+
+
+def _by_tiles(function: Callable[..., jax.Array], array: jax.Array, beside: jax.Array) -> jax.Array:
+    """A function of an array's numbers, and of that which each one's tile has beside it."""
+    pairs = [*zip(beside.shape, array.shape, strict=True)]
+    tiles = (part for count, size in pairs for part in (count, size // count))
+    each = (part for count, _ in pairs for part in (count, 1))
+    return function(array.reshape(*tiles), beside.reshape(*each)).reshape(array.shape)
+
+
+@functools.cache
+def levels_of(qtype: Any) -> tuple[float, ...] | None:
+    """What the codes of one of qwix's own types stand for, where that is not themselves."""
+    if not isinstance(qtype, str):
+        return None
+    import qwix  # it is there, where a QArray is
+
+    with jax.ensure_compile_time_eval():
+        one = qwix.quantize(jnp.ones((1, 32)), qtype, tiled_axes=_TILES.get(qtype, {}))
+        if one.qvalue.dtype != jnp.uint4:  # what it calls by a number is one
+            return None
+        array = dataclasses.replace(
+            one, qvalue=jnp.arange(16).astype(jnp.uint4)[None], scale=jnp.ones((1, 1))
+        )
+        return tuple(qwix.dequantize(array)[0].tolist())
 
 
 def map_parts(function: Callable[[str, Any], Any], leaf: Any) -> Any:

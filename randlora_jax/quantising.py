@@ -6,18 +6,18 @@ import dataclasses
 import functools
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from randlora_jax import trees
 from randlora_jax.placement import has_values
 from randlora_jax.quantised import floats, is_quantised, type_of
-from randlora_jax.sharding import placed
+from randlora_jax.sharding import padded, placed
 from randlora_jax.sites import Site, Stack
 
 
@@ -88,7 +88,8 @@ def _quantised(value: Any, site: Site, how: How) -> Any:
     by_channel = tuple(i for i in range(len(kernel.shape)) if i not in kernel.input_axes)
     tiles = ((kernel.input_axes[-1], tile),) if tile else ()
     function = _Quantise(how.qtype, by_channel, tiles)
-    shapes = jax.eval_shape(site.stack.over(function), value)
+    untyped = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    shapes = jax.eval_shape(site.stack.over(function), untyped)
     own = None if isinstance(value, Tracer) else getattr(value, "sharding", None)
     where = placed(shapes, own.spec, own.mesh) if isinstance(own, NamedSharding) else None
     if not isinstance(value, jax.ShapeDtypeStruct):
@@ -101,12 +102,28 @@ def _quantised(value: Any, site: Site, how: How) -> Any:
 
 @functools.lru_cache(maxsize=256)  # kernels of one shape share what is compiled
 def _quantiser(function: _Quantise, stack: Stack, where: Any) -> Any:
-    run = stack.over(function)
-    if where is not None and where.scale.spec == where.qvalue.spec:
-        # No tile is cut: a search of nf4's values over all of the codes would gather them.
-        codes, specs = where.qvalue, jax.tree.map(lambda sharding: sharding.spec, where)
-        run = jax.shard_map(run, mesh=codes.mesh, in_specs=codes.spec, out_specs=specs)
-    return jax.jit(run, out_shardings=where)
+    return jax.jit(_divided(stack.over(function), where), out_shardings=where)
+
+
+def _divided(function: Callable[..., Any], where: Any, *given: Any) -> Callable[..., Any]:
+    """A function that quantises its last argument, whose part each device quantises by itself.
+
+    A search of nf4's levels over all of the numbers would gather them. Where a tile is cut by the
+    division, the compiler has to.
+
+    Args:
+      where: the shardings of the result, a QArray of them; None if they are on no mesh.
+      given: those of the arguments before the last.
+    """
+    if where is None or not isinstance(where.qvalue, NamedSharding):
+        return function
+    codes, specs = where.qvalue, jax.tree.map(lambda sharding: sharding.spec, (*given, where))
+    if padded(codes.spec, len(where.scale.spec)) == tuple(where.scale.spec):
+        in_specs, out_specs = (*specs[:-1], codes.spec), specs[-1]
+        return jax.shard_map(function, mesh=codes.mesh, in_specs=in_specs, out_specs=out_specs)
+    if AxisType.Explicit in codes.mesh.axis_types:
+        return jax.sharding.auto_axes(function, out_sharding=where)
+    return function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,22 +174,23 @@ def quantised_like(leaf: Any, value: jax.Array) -> Any:
 
 def requantised(old: Any, merged: jax.Array) -> tuple[Any, Loss]:
     """Merged floats, quantised as the old kernel was, and what that has cost."""
-    sharding = None
-    if not isinstance(merged, Tracer):
-        sharding = jax.tree.map(lambda part: part.sharding, old)
-    new, update, error = _requantiser(jax.tree.structure(old), sharding)(old, merged)
+    traced = isinstance(merged, Tracer)
+    where = None if traced else jax.tree.map(lambda part: part.sharding, old)
+    new, update, error = _requantiser(jax.tree.structure(old), where)(old, merged)
     return new, Loss(update, error, type_of(old))
 
 
 @functools.lru_cache(maxsize=256)
-def _requantiser(structure: Any, sharding: Any) -> Any:
+def _requantiser(structure: Any, where: Any) -> Any:
+    quantise = _divided(quantised_like, where, *([] if where is None else [where]))
+    wide = lambda array: floats(array).astype(jnp.float32)
+    norm = lambda a, b: jnp.sqrt(jnp.sum(jnp.square(wide(a) - wide(b))))
+
     def run(old, merged):
-        new = quantised_like(old, merged)
-        wide = lambda array: floats(array).astype(jnp.float32)
-        norm = lambda a, b: jnp.linalg.norm((wide(a) - wide(b)).reshape(-1))
+        new = quantise(old, merged)
         return new, norm(merged, old), norm(new, merged)
 
-    return jax.jit(run, out_shardings=None if sharding is None else (sharding, None, None))
+    return jax.jit(run, out_shardings=None if where is None else (where, None, None))
 
 
 def tell_of_losses(losses: Mapping[str, Loss], stacklevel: int) -> None:

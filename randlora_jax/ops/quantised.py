@@ -7,8 +7,6 @@ reached the layer: then neither pass keeps a float kernel for the other, or for 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +16,8 @@ import jax.numpy as jnp
 from randlora_jax.ops.partitioning import Arrays
 from randlora_jax.ops.products import Backward, Dropped, Forward, Frozen, computed_after
 from randlora_jax.ops.spec import Grid, Spec
-from randlora_jax.quantised import floats, is_quantised
+from randlora_jax.placement import automatic
+from randlora_jax.quantised import dequantised, floats, is_quantised, levels_of
 
 BESIDE = ("scale", "zero_point")  # what a `qwix.QArray` has beside its codes, "qvalue"
 
@@ -39,22 +38,10 @@ def grid_and_arrays(kernel: Any, stacked: int, dtype: Any) -> tuple[Grid, Arrays
                     value = jnp.repeat(value, kernel.shape[axis] // value.shape[axis], axis)
             arrays[name] = value
     beside = tuple((name, value.shape[stacked:]) for name, value in arrays.items())
-    levels = _levels(kernel.qtype) if isinstance(kernel.qtype, str) else None
-    return Grid(levels, beside, jnp.dtype(dtype)), {"kernel": kernel.qvalue, **arrays}
-
-
-@functools.cache
-def _levels(qtype: str) -> tuple[float, ...] | None:
-    """What the codes of one of qwix's own types stand for, where that is not themselves."""
-    import qwix  # it is there, where a QArray is
-
-    with jax.ensure_compile_time_eval():
-        one = qwix.quantize(jnp.ones((1, 1)), qtype)
-        if one.qvalue.dtype != jnp.uint4:
-            return None
-        codes = jnp.arange(16).astype(jnp.uint4)
-        array = dataclasses.replace(one, qvalue=codes[None], scale=jnp.ones((1, 1)))
-        return tuple(qwix.dequantize(array)[0].tolist())
+    return Grid(levels_of(kernel.qtype), beside, jnp.dtype(dtype)), {
+        "kernel": kernel.qvalue,
+        **arrays,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,38 +56,19 @@ class Dequantised:
         latest = others.get("dy", x)
         beside = {name: others.pop(name) for name, _ in self.grid.beside}
         # The codes: what a table of levels makes of them would be kept from pass to pass.
-        floats = self._floats(computed_after(kernel, latest), **beside)
+        floats = dequantised(computed_after(kernel, latest), levels=self.grid.levels, **beside)
         # And the floats: a compiler that adds an update to a product may round once where the
         # kernel is rounded first.
         kernel = computed_after(floats.astype(self.grid.dtype), latest)
         return self.of(x=x, kernel=kernel, **others)
-
-    def _floats(
-        self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None = None
-    ) -> jax.Array:
-        """What `qwix.dequantize` gives, to the last bit, without a constant array of its own."""
-        if self.grid.levels:
-            levels = jnp.stack([jnp.float32(level) for level in self.grid.levels])
-            codes = levels[codes.astype(jnp.int32)]
-        floats = codes.astype(scale.dtype)
-        if zero_point is not None:
-            floats = _by_tiles(operator.sub, floats, zero_point.astype(scale.dtype))
-        return _by_tiles(operator.mul, floats, scale)
-
-
-def _by_tiles(function: Callable[..., jax.Array], array: jax.Array, beside: jax.Array) -> jax.Array:
-    """A function of an array's numbers and that of each one's tile."""
-    pairs = [*zip(beside.shape, array.shape, strict=True)]
-    tiles = (part for count, size in pairs for part in (count, size // count))
-    each = (part for count, _ in pairs for part in (count, 1))
-    return function(array.reshape(*tiles), beside.reshape(*each)).reshape(array.shape)
 
 
 def rounded_floats(kernel: Any) -> Any:
     """A kernel's floats, those of a `qwix.QArray` rounded before anything is added to them."""
     if not is_quantised(kernel):
         return kernel
-    return computed_after(floats(kernel), kernel.scale)
+    rounded = lambda kernel: computed_after(floats(kernel), kernel.scale)
+    return automatic(rounded, kernel.qvalue)(kernel)
 
 
 def pass_of(kind: type[Forward] | type[Backward], spec: Spec) -> Callable[..., Arrays]:
