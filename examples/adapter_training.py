@@ -27,6 +27,7 @@ class Run:
     batch_size: int
     seq_len: int
     seed: int
+    quantize: str | None = None
 
 
 def sums(model, variables, batch):

@@ -27,11 +27,13 @@ from flax import linen as nn
 
 import randlora_jax as rl
 from randlora_jax import trees
-from randlora_jax.linen import RandLora
+from randlora_jax.linen import RandLora, quantize
 from randlora_jax.ops.costs import product_flops
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "full fine-tuning"
+LORA_RANK = 16
+QUANTISED = {"int8": {"qtype": "int8"}, "nf4": {"qtype": "nf4", "tile_size": 64}}
 
 
 def parse(argv=None):
@@ -126,36 +128,49 @@ def methods(config, params, tokens, rank):
     rest = trees.filtered(params, lambda path, _: key not in path)
     apply = lambda t, f, x: llama.apply({"params": trees.union(f, t)}, x)
     yield jax_method("frozen base", apply, first, rest, tokens)
-    ways = [("auto", {}), ("merged", {}), ("factored", {}), ("auto", {"sparse": True})]
-    for strategy, bases in ways:
-        adapter = rl.RandLoraConfig(
-            r=rank, randlora_alpha=20 * rank, target_modules=PROJECTIONS, **bases
-        )
-        model = RandLora(llama, adapter, strategy=strategy)
-        variables = model.adapt({"params": params}, tokens)
-        trainable, frozen = rl.split(variables, adapter)
-        apply = lambda t, f, x, model=model: model.apply(rl.combine(t, f), x)
-        name = "sparse, int8" if bases else strategy
-        yield jax_method(f"RandLoRA {name}", apply, trainable, frozen, tokens)
+    for strategy in ("auto", "merged", "factored"):
+        yield randlora_method(strategy, llama, params, tokens, rank, strategy)
+    yield randlora_method("sparse, int8", llama, params, tokens, rank, sparse=True)
     if importlib.util.find_spec("qwix"):
-        yield qwix_method(llama, params, tokens)
+        yield qwix_method(f"LoRA (qwix, rank {LORA_RANK})", llama, params, tokens)
+        for qtype, how in QUANTISED.items():
+            base = {"params": params}
+            quantised = quantize(llama, base, tokens, target_modules=PROJECTIONS, **how)["params"]
+            name = f"on {qtype}"
+            yield randlora_method(name, llama, quantised, tokens, rank)
+            yield qwix_method(f"QLoRA (qwix) {name}", llama, quantised, tokens, **how)
     if importlib.util.find_spec("torch") and importlib.util.find_spec("peft"):
         yield peft_method(config, tokens, rank)
 
 
-def qwix_method(llama, params, tokens, rank=16):
-    """LoRA through qwix, the peer that JAX users have."""
+def randlora_method(name, llama, params, tokens, rank, strategy="auto", **bases):
+    """Ours, over whatever base the parameters are."""
+    adapter = rl.RandLoraConfig(
+        r=rank, randlora_alpha=20 * rank, target_modules=PROJECTIONS, **bases
+    )
+    model = RandLora(llama, adapter, strategy=strategy)
+    trainable, frozen = rl.split(model.adapt({"params": params}, tokens), adapter)
+    apply = lambda t, f, x: model.apply(rl.combine(t, f), x)
+    return jax_method(f"RandLoRA {name}", apply, trainable, frozen, tokens)
+
+
+def qwix_method(name, llama, params, tokens, rank=LORA_RANK, qtype=None, tile_size=None):
+    """LoRA through qwix, the peer that JAX users have; QLoRA over quantised parameters."""
     import qwix
 
-    provider = qwix.LoraProvider(module_path=".*_proj", rank=rank, alpha=float(rank))
+    how = {"weight_qtype": qtype, "tile_size": tile_size} if qtype else {}
+    provider = qwix.LoraProvider(module_path=".*_proj", rank=rank, alpha=float(rank), **how)
     model = qwix.apply_lora_to_model(llama, provider)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     is_new = lambda path: path[-1].startswith("kernel_lora")
     flat = dict(trees.items(shapes))
+    boxes = {p: leaf for p, leaf in flat.items() if hasattr(leaf, "how")}  # as qwix wants codes
+    given = dict(trees.items(params))
+    params = trees.build(given | {p: box.replace(array=given[p]) for p, box in boxes.items()})
     key = jax.random.key(0)
     new = {p: 0.01 * jax.random.normal(key, s.shape, s.dtype) for p, s in flat.items() if is_new(p)}
     apply = lambda t, f, x: model.apply({"params": rl.combine(t, f)}, x)
-    return jax_method(f"LoRA (qwix, rank {rank})", apply, trees.build(new), params, tokens)
+    return jax_method(name, apply, trees.build(new), params, tokens)
 
 
 def peft_method(config, tokens, rank):
@@ -241,7 +256,7 @@ def main(argv=None):
     from rich.console import Console
     from rich.table import Table
 
-    args, console = parse(argv), Console(width=110)
+    args, console = parse(argv), Console(width=130)
     table = Table("tokens", "in x out", "cheaper formula", "over it", "over full", "over frozen",
                   title="Operations of one adapted Dense, value and grad")  # fmt: skip
     for row in flops_table(args.rank):
@@ -256,7 +271,8 @@ def main(argv=None):
         tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, config.vocab_size)
         times = timed(list(methods(config, params, tokens, args.rank)), args.repeats)
         results[batch * length] = times
-        rivals = [name for name in (REFERENCE, "frozen base", "RandLoRA (PEFT)") if name in times]
+        rivals = (REFERENCE, "frozen base", "QLoRA (qwix) on nf4", "RandLoRA (PEFT)")
+        rivals = [name for name in rivals if name in times]
         title = f"Train step, {batch} x {length} tokens, {args.layers} layers"
         table = Table("method", "seconds", *(f"over {name}" for name in rivals), title=title)
         for name, seconds in times.items():

@@ -3,12 +3,14 @@
 python examples/finetune_smollm2.py                      # train, save, verify, show
 python examples/finetune_smollm2.py --resume             # go on after an interruption
 python examples/finetune_smollm2.py --mesh 4x2           # on 8 devices: FSDP x tensor parallel
+python examples/finetune_smollm2.py --quantize nf4       # on a base of 4 bits, with qwix
 python examples/finetune_smollm2.py --ask "Who are you?"  # answer with the saved adapter
 """
 
 import argparse
 import dataclasses
 import importlib
+import json
 import math
 import pathlib
 import signal
@@ -25,9 +27,10 @@ import numpy as np
 import smollm2
 
 import randlora_jax as rl
-from randlora_jax.linen import RandLora
+from randlora_jax.linen import RandLora, quantize
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TILES = {"int8": None, "nf4": 64}  # how many inputs share a scale, None being all
 
 
 def parse(argv=None):
@@ -41,6 +44,7 @@ def parse(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mesh", metavar="DATAxMODEL", help="divide the model among devices")
+    parser.add_argument("--quantize", choices=TILES, help="freeze the base as these codes")
     parser.add_argument("--distributed", action="store_true", help="join the other processes")
     parser.add_argument("--ask", metavar="QUESTION", help="answer with the adapter saved before")
     args = parser.parse_args(argv)
@@ -86,10 +90,19 @@ def verify(model, llama, folder, variables, config, params, tokens):
     return merged
 
 
+def quantized(llama, params, qtype):
+    """The parameters with kernels of a type, each float kernel gone when its codes are there."""
+    tokens, how = jnp.zeros((1, 8), jnp.int32), {"qtype": qtype, "tile_size": TILES[qtype]}
+    base = {"params": params}
+    return quantize(llama, base, tokens, target_modules=PROJECTIONS, donate=True, **how)["params"]
+
+
 def ask(folder, question):
     """The answer of the model with the adapter that was saved there."""
     sizes, params = gguf_weights.load()
     llama = smollm2.Llama(sizes)
+    qtype = json.loads((folder / "run.json").read_text())["quantize"]
+    params = quantized(llama, params, qtype) if qtype else params
     variables, config = rl.load_adapter(folder / "adapter", {"params": params})
     merged = {"params": RandLora(llama, config).merge(variables)}
     return Chat(llama, gguf_weights.tokenizer()).answer(merged, question)
@@ -123,7 +136,9 @@ def main(argv=None):
         task_type="CAUSAL_LM",
     )  # fmt: skip
     params = meshes.divide(params, mesh)
-    model, base = RandLora(llama, config), Chat(llama, tokenizer)
+    params = quantized(llama, params, run.quantize) if run.quantize else params
+    model = RandLora(llama, config)
+    base, whole = Chat(model.clone(active=()), tokenizer), Chat(llama, tokenizer)
     variables = model.adapt({"params": params}, jnp.zeros((1, 8), jnp.int32))
     if mesh is not None:
         tokens = jnp.zeros((run.batch_size, run.seq_len), jnp.int32)
@@ -142,11 +157,11 @@ def main(argv=None):
     if jax.process_index() == 0:
         adapter_training.plot(losses, folder / "loss.png")
     merged = verify(model, llama, folder, variables, config, params, tests[0]["tokens"])
-    after = base.loss(merged, tests)
+    after = whole.loss(merged, tests)
     print(f"held-out loss after: {after:.3f}, perplexity {math.exp(after):.1f}")
     table = Table("question (held out)", "before", "after", show_lines=True)
     for question, old in zip(asked, said, strict=True):
-        table.add_row(question, old, base.answer(merged, question))
+        table.add_row(question, old, whole.answer(merged, question))
     Console().print(table)
     print(f"loss curve: {folder / 'loss.png'}; {time.perf_counter() - begun:.0f} s in all")
 

@@ -27,16 +27,15 @@ def base_types(variables: trees.Tree) -> dict[str, str]:
 
 
 def tell_of_another_base(
-    trained: Mapping[str, str] | None, now: Mapping[str, str], stacklevel: int
+    trained: Mapping[str, str], now: Mapping[str, str], stacklevel: int
 ) -> None:
     """Warns where an adapter gets on a base whose kernels are of another type than in training.
 
     Args:
-      trained: None where nobody noted it.
+      trained, now: as `base_types` gives them.
     """
-    before = now if trained is None else trained
-    names = sorted({*before, *now})
-    there, here = ([types.get(name, FLOATS) for name in names] for types in (before, now))
+    names = sorted({*trained, *now})
+    there, here = ([types.get(name, FLOATS) for name in names] for types in (trained, now))
     differ = [trio for trio in zip(names, there, here, strict=True) if trio[1] != trio[2]]
     if differ:
         name, old, new = differ[0]

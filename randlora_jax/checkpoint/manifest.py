@@ -77,13 +77,13 @@ class Manifest:
       config: the adapter's.
       bases: of its bases, whether they are in it or not.
       arrays: the fingerprint of every array in it, by path.
-      base: as `base_types` tells of the base that it was trained on; None if nothing tells.
+      base: as `base_types` tells of the base that it was trained on; nothing of one in floats.
     """
 
     config: RandLoraConfig
     bases: BasesRecord
     arrays: dict[str, str]
-    base: dict[str, str] | None = None
+    base: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def holds_bases(self) -> bool:
@@ -97,7 +97,7 @@ class Manifest:
             "config": self.config.to_dict(),
             "bases": bases,
             "arrays": self.arrays,
-            **({} if self.base is None else {"base": self.base}),
+            **({"base": self.base} if self.base else {}),
         }
         return {**described, "digest": _digest(described)}
 
@@ -121,7 +121,7 @@ class Manifest:
         config = RandLoraConfig.from_dict(described["config"])
         known = {f.name for f in dataclasses.fields(BasesRecord)}  # a newer one may say more
         bases = {name: value for name, value in described["bases"].items() if name in known}
-        arrays, base = dict(described["arrays"]), described.get("base")
+        arrays, base = dict(described["arrays"]), dict(described.get("base", {}))
         return cls(config, BasesRecord(**bases), arrays, base)
 
     def check_dtypes(self) -> None:
@@ -179,7 +179,7 @@ def pack(variables: trees.Tree, config: RandLoraConfig) -> tuple[dict[str, Any],
             "save_projection=False, but these bases are not those that projection_prng_key="
             f"{config.projection_prng_key} draws, and would be lost: set save_projection=True"
         )
-    base = base_types(variables) if variables.get("params") else None
+    base = base_types(variables) if variables.get("params") else {}
     return arrays, Manifest(config, record, fingerprints(arrays), base)
 
 

@@ -21,6 +21,11 @@ from randlora_jax.placement import Axes, mesh_axes
 Factors = tuple[str, ...]
 
 
+def _shared(size: Any, other: Any) -> Any:
+    """What a division of both sizes has to divide: of tiles, their number. Symbols are alike."""
+    return size if size is other or size == other else math.gcd(size, other)
+
+
 def mapped_factor(number: int) -> str:
     """The name of a factor that `Division.mapped` adds, counted from the innermost."""
     return f"v{number}"
@@ -113,7 +118,7 @@ class Division:
         for part, shape, spec in zip(parts, shapes, specs, strict=False):
             for factor, size, entry in zip(part.factors, shape, tuple(spec), strict=False):
                 some = tuple(axis for axis in mesh_axes(entry) if sizes[axis] > 1)
-                length[factor] = math.gcd(length.get(factor, 0), size)
+                length[factor] = _shared(length.get(factor, size), size)
                 entries.setdefault(factor, []).append(some)
                 for axis in () if factor in self.undivided or part.whole else some:
                     of_axis = held.setdefault(axis, {})
@@ -146,7 +151,7 @@ class Division:
         length: dict[str, int] = {}
         for (_, part), shape in zip(self.operands, shapes, strict=True):
             for factor, size in zip(part.factors, shape, strict=True):
-                length[factor] = math.gcd(length.get(factor, 0), size)
+                length[factor] = _shared(length.get(factor, size), size)
         axes: dict[str, Axes] = {}
         used: set[str] = set()
         for factor, wanted in self.told:
