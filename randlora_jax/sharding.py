@@ -102,9 +102,9 @@ def placed(leaf: Any, spec: P, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of a leaf; of a quantised one a leaf of them, tiles divided like the codes."""
 
     def of(name, array):
-        entries = padded(spec, trees.unboxed(array).ndim) if name else spec
-        fits = P(*fitting(entries, trees.unboxed(array).shape, mesh)) if name else spec
-        return NamedSharding(mesh, fits)
+        shape = trees.unboxed(array).shape
+        own = P(*fitting(padded(spec, len(shape)), shape, mesh)) if name else spec
+        return NamedSharding(mesh, own)
 
     return map_parts(of, leaf if is_quantised(leaf) else trees.unboxed(leaf))
 

@@ -14,10 +14,8 @@ of these ways it is not given any, since the product has the codes.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from jax import lax
 from randlora_jax import equations
 from randlora_jax.bases import Bases, check_rank
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.layer_call import Call, as_floats
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Told
 from randlora_jax.ops.dot_general import (
@@ -37,7 +36,6 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
-from randlora_jax.ops.quantised import rounded_floats
 from randlora_jax.quantised import floats
 from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
@@ -52,58 +50,6 @@ class Update:
     config: RandLoraConfig
     scales: Scales  # multiplied by the scaling
     dropout: Dropout | None
-
-
-# A parameter's new value, from its name in the module and its value. Parameters of submodules come
-# too, by the name "", since nothing else of theirs matters here.
-Change = Callable[[str, jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Call(abc.ABC):
-    """A call of one method of a module that holds adapted kernels, as a front end hands it over.
-
-    Attributes:
-      layer, cls: the module, and its class as the user wrote it.
-      method: the name of the method.
-      args, kwargs: of the call.
-      quantised: the module's own quantised parameters by name, each a `qwix.QArray`.
-    """
-
-    layer: Any
-    cls: type[Any]
-    method: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    quantised: Mapping[str, Any]
-
-    @abc.abstractmethod
-    def run(
-        self,
-        change: Change | None = None,
-        *,
-        attributes: Mapping[str, Any] = MappingProxyType({}),
-        args: tuple[Any, ...] | None = None,
-        beside: bool = False,
-    ) -> Any:
-        """The method of the module.
-
-        Args:
-          change: of its parameters; by default they are as they are.
-          attributes: of a layer, in which it differs.
-          args: in place of the call's own.
-          beside: whether it runs a second time: then this is nothing that a user's tools should
-            see.
-        """
-
-    def run_on_floats(self) -> Any:
-        """The method on the parameters as they are, floats in place of codes."""
-        return self.run(_floats if self.quantised else None)
-
-
-def _floats(name: str, value: Any) -> Any:
-    """A module's own parameter as floats; what is a submodule's is this one's business."""
-    return rounded_floats(value) if name else value
 
 
 def prepare(
@@ -255,7 +201,7 @@ def _through_product(
     def without_codes(name, value):  # which no layer could take that promotes types
         if name == kernel.name and name in call.quantised:
             return jnp.zeros(value.shape, value.dtype)
-        return _floats(name, value)
+        return as_floats(name, value)
 
     y = call.run(without_codes if call.quantised else None, attributes=attributes)
     return _Computed(y) if used else None
@@ -295,7 +241,7 @@ def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> 
             sums[kernel] = sums[kernel] + delta if kernel in sums else delta
 
         def add(name, value):
-            value = _floats(name, value)
+            value = as_floats(name, value)
             for kernel, delta in sums.items():
                 value = kernel.plus(value, delta) if kernel.name == name else value
             return value

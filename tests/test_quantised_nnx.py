@@ -27,11 +27,11 @@ from randlora_jax.quantised import is_quantised, type_of
 from tests.quantised_models import CONFIG, TYPES, NnxModel, X, equal, kernels, to_floats
 
 
-def randomise(model):
+def randomise(model, size=0.5):
     rng = np.random.default_rng(3)
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, RandLoraParam):
-            drawn = rng.uniform(-0.5, 0.5, variable.get_value().shape)
+            drawn = rng.uniform(-size, size, variable.get_value().shape)
             variable.set_value(jnp.asarray(drawn, jnp.float32))
     return model
 
@@ -112,7 +112,7 @@ def test_dropout_several_adapters_and_their_verbs():
 
 
 def test_merging():
-    quantised, floating = pair(how=TYPES["int8 in tiles"])
+    quantised, floating = (randomise(m, 0.1) for m in pair(how=TYPES["int8 in tiles"]))
     y = quantised(X)
     merged = merge(nnx.clone(quantised))
     assert not kernels(variables(merged)["params"])

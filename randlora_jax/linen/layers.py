@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +20,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.layout import Layout
 from randlora_jax.linen.calls import OurCall, is_lifted, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
+from randlora_jax.linen.layer_call import LinenCall, Running
 from randlora_jax.linen.scales import beside_kernels
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.quantised import is_quantised
@@ -38,8 +37,6 @@ from randlora_jax.sites import (
     scale_name,
 )
 from randlora_jax.targets import Selection
-
-Running = set[tuple[trees.Path, str]]  # modules' paths, and kernels that have their update by now
 
 
 @dataclasses.dataclass(eq=False)
@@ -166,7 +163,8 @@ def _is_target(config: RandLoraConfig, name: str) -> bool:
 
 def _quantised(module: nn.Module, method: str) -> dict[str, Any]:
     """A module's own quantised parameters, if the method is not one that runs inside a stack."""
-    if is_lifted(type(module), method):
+    cls: Any = type(module)
+    if is_lifted(cls, method):
         return {}
     own = module.variables.get("params", {}) if module.scope is not None else {}
     values = ((name, trees.unboxed(leaf)) for name, leaf in own.items())
@@ -214,71 +212,3 @@ def _scaled_kernels(
         if kernel.scale_shapes(shapes[LAMBDA][0]) == (shapes[LAMBDA], shapes[GAMMA]):
             return found | {kernel: name}
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class LinenCall(updates.Call):
-    """A call of a Linen module's method.
-
-    Attributes:
-      function: the method as it is written.
-      next_fun: the same, bound, with what other interceptors make of it.
-      interceptor: ours, which has the call.
-      running, taken: what has its update by now, to which the call adds its kernels.
-    """
-
-    function: Callable[..., Any]
-    next_fun: Callable[..., Any]
-    interceptor: Interceptor
-    running: Running
-    taken: Running
-
-    def run(
-        self,
-        change: updates.Change | None = None,
-        *,
-        attributes: Mapping[str, Any] = MappingProxyType({}),
-        args: tuple[Any, ...] | None = None,
-        beside: bool = False,
-    ) -> Any:
-        args = self.args if args is None else args
-        with self._running(), self._with_attributes(attributes):
-            if change is not None:
-                return self._run_on(change, args, beside)
-            return self.next_fun(*args, **self.kwargs)
-
-    @contextlib.contextmanager
-    def _with_attributes(self, attributes: Mapping[str, Any]) -> Iterator[None]:
-        # The module of this call alone, as Flax made it for its scope: nobody else sees it so.
-        before = {name: getattr(self.layer, name) for name in attributes}
-        try:
-            for name, value in attributes.items():
-                object.__setattr__(self.layer, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                object.__setattr__(self.layer, name, value)
-
-    def _run_on(self, change: updates.Change, args: tuple[Any, ...], beside: bool) -> Any:
-        def changed(name, node):
-            if isinstance(node, Mapping):
-                return {key: changed("", child) for key, child in node.items()}
-            return trees.replaced(node, change(name, trees.unboxed(node)))
-
-        def change_params(collections):
-            params = {name: changed(name, node) for name, node in collections["params"].items()}
-            return {**collections, "params": params}
-
-        with unseen(None if beside else self.interceptor) as seen:
-            # Flax takes the method under a transform for another call of it.
-            function = self.function if beside else seen(self.function)
-            run = nn.map_variables(function, "params", trans_in_fn=change_params, mutable=False)
-            return run(self.layer, *args, **self.kwargs)
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        self.running.update(self.taken)
-        try:
-            yield
-        finally:
-            self.running.difference_update(self.taken)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from randlora_jax import updates
 from randlora_jax.config import RandLoraConfig
+from randlora_jax.layer_call import Call, Change
 from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.lending import STRENGTH, lent_to
 from randlora_jax.ops.costs import Strategy
@@ -114,30 +115,34 @@ def _check_whole(target: str, shape: Sequence[int], injected: Sequence[int]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class NnxCall(updates.Call):
+class NnxCall(Call):
     """A call of an NNX module's method, which is `function` as it is written."""
 
     function: Callable[..., Any]
 
     def run(
         self,
-        change: updates.Change | None = None,
+        change: Change | None = None,
         *,
         attributes: Mapping[str, Any] = MappingProxyType({}),
         args: tuple[Any, ...] | None = None,
         beside: bool = False,
     ) -> Any:
         del beside  # nobody looks on
-        args = self.args if args is None else args
+        changes = {} if change is None else self._changed(change)
+        return self._on_view({**attributes, **changes}, self.args if args is None else args)
+
+    def _changed(self, change: Change) -> dict[str, Any]:
+        """The variables that differ where parameters are changed."""
         kernels = {kernel.name for kernel in self.layer.randlora_layer.kernels}
-        changes: dict[str, Any] = dict(attributes)
-        for name, leaf in vars(self.layer).items() if change is not None else ():
+        changes: dict[str, Any] = {}
+        for name, leaf in vars(self.layer).items():
             base = isinstance(leaf, nnx.Param) and not isinstance(leaf, RandLoraParam)
             if base or name in kernels:
                 value = leaf.get_value()
                 changed = change(name, value)
                 changes |= {} if changed is value else {name: leaf.replace(changed)}
-        return self._on_view(changes, args)
+        return changes
 
     def _on_view(self, changes: Mapping[str, Any], args: Any) -> Any:
         """Calls the method on a view: the module as its own class made it, but for the changes."""

@@ -254,8 +254,8 @@ def merge(model: Model, *, safe: bool = True, requantize: bool = False) -> Model
 def remove(model: Model) -> Model:
     """Takes away what `inject` added, and leaves the parameters as they are, quantised or not."""
     config_of(model)
-    modules = modules_of(model)
-    layers = [module for module in modules.values() if "randlora_layer" in vars(module)]
+    modules: Mapping[trees.Path, Any] = modules_of(model)
+    layers: list[Any] = [module for module in modules.values() if "randlora_layer" in vars(module)]
     with all_or_nothing((*layers, model)):
         for module in layers:
             unsettle(module)
