@@ -20,8 +20,9 @@ from randlora_jax.adapters import named
 from randlora_jax.checks import check_variables
 from randlora_jax.ops.division import Told
 from randlora_jax.placement import mesh_axes
-from randlora_jax.quantised import codes
+from randlora_jax.quantised import codes, is_quantised
 from randlora_jax.sharding import padded, sites_by_name, spec_in, spec_of
+from randlora_jax.sites import Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +60,32 @@ def layout_of(variables: trees.Tree, config: named.Configs, batch: Any) -> Layou
     mesh, tokens = placed.mesh, tuple(map(mesh_axes, placed.spec))
     bases = mesh_axes(spec_of(variables["randlora_bases"]["randlora_B"])[0])
     layers = {}
-    for _, site in sites_by_name(variables, config):
-        box = codes(trees.get(variables["params"], site.kernel_path))
-        array, path = trees.unboxed(box), trees.dotted(site.kernel_path)
+    params = dict(trees.items(variables["params"]))
+    sites = {site.path: site for _, site in sites_by_name(variables, config)}
+    # A quantised kernel without an update is multiplied by ours too; how it is stacked, nobody
+    # says, but its own axes are the last, mostly.
+    alone = {path[:-1]: path for path, leaf in params.items() if is_quantised(leaf)}
+    kernels = alone | {path: site.kernel_path for path, site in sites.items()}
+    for path, kernel_path in kernels.items():
+        box = codes(params[kernel_path])
+        array, name = trees.unboxed(box), trees.dotted(kernel_path)
         own = getattr(array, "sharding", None)
         if own is None and not isinstance(box, nn.Partitioned):
             raise ValueError(
-                f"{path!r} has no sharding, but is {_where(array)}: give variables that are on the "
+                f"{name!r} has no sharding, but is {_where(array)}: give variables that are on the "
                 "mesh, or jax.ShapeDtypeStructs with the shardings of rl.sharding"
             )
         if isinstance(own, NamedSharding) and own.mesh.shape != mesh.shape:
             raise ValueError(
-                f"{path!r} is on another mesh than the batch, {own.mesh} and not {placed.mesh}: "
+                f"{name!r} is on another mesh than the batch, {own.mesh} and not {placed.mesh}: "
                 "put both on one"
             )
-        spec = spec_in(site.kernel_path, box, mesh, None)
-        layer, stack = site.stack.split(padded(spec, array.ndim))
-        of_stack = tuple(axis for entry in stack for axis in mesh_axes(entry))
+        entries = padded(spec_in(kernel_path, box, mesh, None), array.ndim)
+        stack = sites[path].stack if path in sites else Stack()
+        layer, of_layers = stack.split(entries)
+        of_stack = tuple(axis for entry in of_layers for axis in mesh_axes(entry))
         kernel = tuple(map(mesh_axes, layer))
-        layers[site.path] = Told(mesh, tokens, kernel, bases, stack=of_stack)
+        layers[path] = Told(mesh, tokens, kernel, bases, stack=of_stack)
     return Layout(tuple(layers.items()))
 
 

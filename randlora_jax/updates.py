@@ -131,7 +131,7 @@ def _is_its_product(call: Call, rule: LayerRule, kernel: Kernel) -> bool:
 
 def _told_in_order(told: Told, kernel: Kernel) -> Told:
     """What is told of a kernel, in the order in which a product has its axes."""
-    axes = dict(enumerate(told.kernel))
+    axes = dict(enumerate(told.kernel[-len(kernel.shape) :]))  # less those of an unknown stack
     of = lambda some: tuple(axes.get(i, ()) for i in some)
     matrix = (*kernel.input_axes, *kernel.output_axes)
     return dataclasses.replace(told, kernel=of(matrix), stacked=of(kernel.stacked))

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import randlora_jax as rl
 from randlora_jax import trees
 from randlora_jax.linen import RandLora, quantize
-from randlora_jax.nnx import inject
+from randlora_jax.nnx import inject, set_layout
 from randlora_jax.nnx import quantize as quantize_nnx
 from randlora_jax.nnx import variables as variables_of
 from tests.compiling import shipped_jit
@@ -125,6 +126,37 @@ def test_a_step_is_that_of_one_device_and_exchanges_no_more_than_over_floats(way
     assert moved[0] <= moved[1] + scales
 
 
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_model_of_which_a_part_is_adapted_is_exported(how):
+    """Layers without an update need no callback of the compiler either."""
+    _, _, variables, _, x = placed("fsdp+tensor", AxisType.Auto, TYPES[how])
+    config = CONFIG.replace(target_modules=["up"])
+    variables = {**variables, "randlora": {"up": variables["randlora"]["up"]}}
+    model = RandLora(NoBias(), config).with_layout(variables, x)
+    expected = jax.jit(model.apply)(variables, x)
+    exported = jax.export.export(jax.jit(model.apply))(variables, x)
+    y = jax.jit(exported.call)(variables, x)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(expected), rtol=1e-5, atol=1e-4)
+    alone, tokens = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), (variables, x))
+    one = jax.jit(RandLora(NoBias(), config).apply)(alone, tokens)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(one), rtol=1e-4, atol=1e-3)
+
+
+def test_an_nnx_model_of_which_a_part_is_adapted_is_exported():
+    mesh = mesh_of(AxisType.Auto)
+    put = lambda value, *spec: jax.device_put(value, NamedSharding(mesh, P(*spec)))
+    model = NnxModel(nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(put, nnx.state(model, nnx.Param)))
+    inject(quantize_nnx(model, **TYPES["nf4"]), CONFIG.replace(target_modules=["up"]))
+    x = put(jnp.concatenate([X, X]), "data")
+    y = nnx.jit(lambda model, x: model(x))(model, x)
+    set_layout(model, x)
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    exported = jax.export.export(run)(state, x)
+    np.testing.assert_allclose(jax.jit(exported.call)(state, x), y, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_merging_and_requantising_keep_the_division(kind):
     _, model, variables, floats, _ = placed("fsdp+tensor", kind, TYPES["nf4"])
@@ -160,8 +192,6 @@ def test_quantising_nf4_gathers_no_kernel():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_nnx_models(kind):
-    from flax import nnx
-
     mesh = mesh_of(kind)
     model = NnxModel(nnx.Rngs(0))
     alone = inject(quantize_nnx(NnxModel(nnx.Rngs(0)), **TYPES["nf4"]), CONFIG)

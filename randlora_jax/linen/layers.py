@@ -77,11 +77,10 @@ class Interceptor:
         """One call of any module's method, as Flax hands it over."""
         module, method = context.module, method_of(context)
         own = self.calls.has(module)
+        quantised = {} if method is None else _quantised(module, method)
         # Of an `apply` within the model, only what it was given from this one's parameters.
-        if method is None or not (own or _has_scales(module)):
-            return next_fun(*args, **kwargs)
-        quantised = _quantised(module, method)
-        if not self.adapters and not quantised:
+        ours = self.adapters and (own or _has_scales(module))
+        if method is None or not (ours or quantised):
             return next_fun(*args, **kwargs)
         running = self.running.setdefault(own, set())
         found = self._updates(module, (args, kwargs) if method == "__call__" else None, own)
@@ -167,8 +166,7 @@ def _quantised(module: nn.Module, method: str) -> dict[str, Any]:
     if is_lifted(cls, method):
         return {}
     own = module.variables.get("params", {}) if module.scope is not None else {}
-    values = ((name, trees.unboxed(leaf)) for name, leaf in own.items())
-    return {name: value for name, value in values if is_quantised(value)}
+    return {name: trees.unboxed(leaf) for name, leaf in own.items() if is_quantised(leaf)}
 
 
 def _has_scales(module: nn.Module) -> bool:

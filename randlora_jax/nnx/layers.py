@@ -36,13 +36,14 @@ class AdaptedLayer:
     Attributes:
       kernels: as one layer has them, where the module is a stack.
       adapters: (name, config) of the active ones.
-      told: how the arrays of kernels are divided, where `set_layout` has told it.
+      told: how the arrays of kernels are divided, where `set_layout` has told it; None stands for
+        a quantised kernel without an update.
     """
 
     kernels: tuple[Kernel, ...]
     adapters: tuple[tuple[str, RandLoraConfig], ...]
     strategy: Strategy
-    told: tuple[tuple[Kernel, Told], ...] = ()
+    told: tuple[tuple[Kernel | None, Told], ...] = ()
 
     def __repr__(self) -> str:  # the configs, at the root, would be a page for every layer
         kernels = ", ".join(kernel.name for kernel in self.kernels)
@@ -99,7 +100,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         scales = lam, gamma
         found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
     called = NnxCall(module, original_class(module), name, args, kwargs, quantised, method)
-    told = dict(adapted.told).get(found[0].kernel) if found else None
+    told = dict(adapted.told).get(found[0].kernel if found else None)
     return updates.run(called, found, bases, adapted.strategy, told)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
+from randlora_jax import trees
 from randlora_jax.layout import layout_of
-from randlora_jax.nnx.lending import adapted_modules
+from randlora_jax.nnx.discovery import modules_of
 from randlora_jax.nnx.state import config_of, variables
 
 
@@ -40,8 +42,12 @@ def set_layout(model: nnx.Module, batch: Any) -> None:
       >>> set_layout(model, NamedSharding(mesh, PartitionSpec("data")))
     """
     layout = layout_of(variables(model), config_of(model), batch)
-    for path, module in adapted_modules(model).items():
-        adapted = module.randlora_layer
-        told = ((kernel, layout.told((*path, *kernel.label))) for kernel in adapted.kernels)
+    modules: Mapping[trees.Path, Any] = modules_of(model)
+    for path, module in modules.items():
+        adapted = vars(module).get("randlora_layer")
+        if adapted is None:
+            continue
+        labels = {k: k.label for k in adapted.kernels} or {None: ()}  # quantised, not adapted
+        told = ((kernel, layout.told((*path, *label))) for kernel, label in labels.items())
         known = tuple((kernel, of_one) for kernel, of_one in told if of_one is not None)
         module.randlora_layer = dataclasses.replace(adapted, told=known)
