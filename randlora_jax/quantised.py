@@ -108,16 +108,6 @@ def levels_of(qtype: Any) -> tuple[float, ...] | None:
         return tuple(qwix.dequantize(array)[0].tolist())
 
 
-def map_parts(function: Callable[[str, Any], Any], leaf: Any) -> Any:
-    """`function(name, array)` of each array of a leaf: "qvalue", "scale"; "" of an ordinary one."""
-    if not is_quantised(leaf):
-        return function("", leaf)
-    leaf = without_box(leaf)
-    parts = {name: getattr(leaf, name) for name in PARTS}
-    new = {name: function(name, part) for name, part in parts.items() if part is not None}
-    return dataclasses.replace(leaf, **new)
-
-
 def type_of(leaf: Any) -> str:
     """What a quantised array is made of, as "nf4, 64 x 1": the type, and the sizes of its tiles.
 

@@ -39,7 +39,8 @@ class How:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"tile_size must be a number of inputs, as 64, or None, got {size!r}")
         try:
-            jax.eval_shape(lambda: _qwix().quantize(jnp.ones((1, 1)), self.qtype))
+            one = jax.ShapeDtypeStruct((size or 1, 1), jnp.float32)
+            jax.eval_shape(_Quantise(self.qtype, (1,), ((0, size),) if size else ()), one)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"qtype={self.qtype!r} is no type that qwix quantises to ({error}): give 'int8', "

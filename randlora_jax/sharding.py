@@ -17,7 +17,7 @@ from randlora_jax import trees
 from randlora_jax.adapters import named
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.placement import fitting, mesh_axes
-from randlora_jax.quantised import codes, is_quantised, map_parts
+from randlora_jax.quantised import codes, is_quantised
 from randlora_jax.sites import GAMMA, Site
 from randlora_jax.stored import sites_of
 
@@ -54,7 +54,8 @@ def sharding(
         default the boxes' own, or those of the context.
 
     Returns:
-      A tree of `NamedSharding` like `variables`, boxes replaced by their one leaf.
+      A tree of `NamedSharding` like `variables`, boxes replaced by their one leaf, but for those
+      of quantised kernels, which stay with one for codes and one for scales.
 
     Raises:
       ValueError: if there is no mesh to be found, or if it has no axis of a name that is given.
@@ -100,13 +101,10 @@ def sharding(
 
 def placed(leaf: Any, spec: P, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of a leaf; of a quantised one a leaf of them, tiles divided like the codes."""
-
-    def of(name, array):
-        shape = trees.unboxed(array).shape
-        own = P(*fitting(padded(spec, len(shape)), shape, mesh)) if name else spec
-        return NamedSharding(mesh, own)
-
-    return map_parts(of, leaf if is_quantised(leaf) else trees.unboxed(leaf))
+    if not is_quantised(leaf):
+        return NamedSharding(mesh, spec)
+    fits = lambda shape: P(*fitting(padded(spec, len(shape)), shape, mesh))
+    return jax.tree.map(lambda array: NamedSharding(mesh, fits(array.shape)), leaf)
 
 
 def sites_by_name(variables: trees.Tree, config: named.Configs) -> Iterator[tuple[str, Site]]:

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 import qwix
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import randlora_jax as rl
 from randlora_jax import trees
@@ -98,6 +100,47 @@ def test_layers_without_an_update_keep_their_product(name):
     assert equal(gradients(model, quantised), gradients(model, floating))
     off = model.clone(active=())
     assert equal(off.apply(quantised, X), off.apply(floating, X))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"qtype": "int3"},
+        {"qtype": "int2", "tile_size": 16},
+        {"qtype": "mxfp4", "tile_size": 32},
+        {"qtype": "nvfp4", "tile_size": 16},
+        {"qtype": jnp.float8_e5m2},
+    ],
+    ids=lambda how: str(how["qtype"]),
+)
+def test_every_type_of_qwix_s_will_do(how):
+    model = of("Dense")
+    quantised, floating = variables_of(model, **how)
+    own = jax.tree.map(
+        lambda q: qwix.dequantize(q) if is_quantised(q) else q,
+        quantised["params"],
+        is_leaf=is_quantised,
+    )
+    assert equal(own, floating["params"])
+    assert equal(gradients(model, quantised), gradients(model, floating))
+
+
+def test_codes_with_a_zero_point():
+    model = of("Dense")
+    _, floating = variables_of(model, qtype="int8")
+    options = {"tiled_axes": {0: 16, 1: 1}, "calibration_method": "minmax"}
+    params = {
+        name: {**layer, "kernel": qwix.quantize(layer["kernel"], "int8", **options)}
+        for name, layer in floating["params"].items()
+    }
+    quantised = {**floating, "params": params}
+    assert params["up"]["kernel"].zero_point is not None
+    floating = {**floating, "params": as_floats(params)}
+    assert equal(floating["params"]["up"]["kernel"], qwix.dequantize(params["up"]["kernel"]))
+    assert equal(gradients(model, quantised), gradients(model, floating))
+    with pytest.warns(UserWarning, match="rounded to int8, 16 x 1"):
+        merged = model.merge(quantised, requantize=True)
+    assert merged["up"]["kernel"].zero_point.shape == (4, 128)
 
 
 def test_bfloat16_bases_compute_in_bfloat16():
@@ -340,11 +383,20 @@ def test_boxes_with_names_keep_them():
     variables["randlora"] = randomised(variables["randlora"])
     merged = model.merge(variables)
     assert merged["up"]["kernel"].names == ("embed", "mlp")
+    mesh = jax.make_mesh((4, 2), ("embed", "mlp"), axis_types=(AxisType.Auto,) * 2)
+    divided = jax.device_put(variables, rl.sharding(variables, CONFIG, mesh))
+    kernel = divided["params"]["up"]["kernel"].value
+    assert kernel.qvalue.sharding.spec == kernel.scale.sharding.spec == P("embed", "mlp")
+    expected = model.apply(variables, X)
+    np.testing.assert_allclose(model.apply(divided, X), expected, rtol=1e-4, atol=1e-4)
     y = Boxed().apply({"params": merged}, X)
     np.testing.assert_allclose(model.apply(variables, X), y, rtol=1e-4, atol=1e-4)
     # What qwix itself makes of it has the box inside.
     rules = [qwix.QuantizationRule(module_path=".*", weight_qtype="nf4", tile_size=16)]
     peer = qwix.quantize_model(Boxed(), qwix.PtqProvider(rules))
     theirs = peer.init(jax.random.key(0), X)
-    ours = model.apply(model.adapt(theirs, X), X)
-    assert equal(ours, peer.apply(theirs, X))
+    variables = model.adapt(theirs, X)
+    assert equal(model.apply(variables, X), peer.apply(theirs, X))
+    divided = jax.device_put(variables, rl.sharding(variables, CONFIG, mesh))
+    codes = trees.array_of(divided["params"]["up"]["kernel"])
+    assert codes.sharding.spec == P("embed", "mlp")

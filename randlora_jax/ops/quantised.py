@@ -38,10 +38,8 @@ def grid_and_arrays(kernel: Any, stacked: int, dtype: Any) -> tuple[Grid, Arrays
                     value = jnp.repeat(value, kernel.shape[axis] // value.shape[axis], axis)
             arrays[name] = value
     beside = tuple((name, value.shape[stacked:]) for name, value in arrays.items())
-    return Grid(levels_of(kernel.qtype), beside, jnp.dtype(dtype)), {
-        "kernel": kernel.qvalue,
-        **arrays,
-    }
+    grid = Grid(levels_of(kernel.qtype), beside, jnp.dtype(dtype))
+    return grid, {"kernel": kernel.qvalue, **arrays}
 
 
 @dataclasses.dataclass(frozen=True)
