@@ -8,8 +8,8 @@ with it, gets a cheaper way to the same numbers:
 2. it runs on W, and x . dW is added to the result, where it is registered as plain;
 3. else it runs on a changed kernel, W + dW, and can do with it what it likes.
 
-A module with quantised parameters runs on floats that are made of them for this call; in the first
-of these ways it is not given any, since the product has the codes.
+Where W is quantised, the first two have its codes in the product, and the layer runs on zeros; in
+the third it runs on floats that are made for this call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax import lax
 from randlora_jax import equations
 from randlora_jax.bases import Bases, check_rank
 from randlora_jax.config import RandLoraConfig
-from randlora_jax.layer_call import Call, as_floats
+from randlora_jax.layer_call import Call, Change, as_floats
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Told
 from randlora_jax.ops.dot_general import (
@@ -36,7 +36,7 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
-from randlora_jax.quantised import floats
+from randlora_jax.quantised import floats, is_quantised
 from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
 
@@ -100,8 +100,8 @@ def run(
             *(strategy, told, None, _in_order(call.quantised.get(kernel.name), kernel)),
         )
         computed = _through_product(call, rule, operation, kernel)
-        if computed is None and updates:
-            computed = _with_update_added(call, rule, operation, kernel)
+        if computed is None:
+            computed = _with_product_added(call, rule, operation, kernel)
         if computed is not None:
             return computed.value
     return _on_changed_kernels(call, updates, bases) if updates else call.run_on_floats()
@@ -197,34 +197,55 @@ def _through_product(
         attributes = {"einsum_op": einsum_op}
     else:
         return None
-
-    def without_codes(name, value):  # which no layer could take that promotes types
-        if name == kernel.name and name in call.quantised:
-            return jnp.zeros(value.shape, value.dtype)
-        return as_floats(name, value)
-
-    y = call.run(without_codes if call.quantised else None, attributes=attributes)
+    y = call.run(_without(kernel) if call.quantised else None, attributes=attributes)
     return _Computed(y) if used else None
 
 
-def _with_update_added(
+def _without(kernel: Kernel) -> Change:
+    """Zeros for a kernel of codes, which no layer could take that promotes types."""
+
+    def change(name, value):
+        of_kernel = name == kernel.name and is_quantised(value)
+        return jnp.zeros(value.shape, value.dtype) if of_kernel else as_floats(name, value)
+
+    return change
+
+
+def _with_product_added(
     call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
 ) -> _Computed | None:
-    """Runs a plain layer on its own kernel and adds x . dW, where that is cheaper."""
+    """Runs a plain layer and adds x . dW, where that is cheaper; of codes, the whole product."""
     equation = rule.equation(call.layer, kernel, (call.args, call.kwargs))
     arrays = [a for a in (*call.args, *call.kwargs.values()) if hasattr(a, "ndim")]
     plain = call.cls is rule.layer and rule.is_plain(call.layer)
     if not plain or equation is None or len(arrays) != 1:
         return None
     (x,) = arrays
+    if operation.kernel is not None and not any(a is x for a in call.args):
+        return None
     found = equations.product_of(equation, x.shape, kernel.shape, kernel.axes)
     if found is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     product = x, found.batch, found.contract, kernel.ordered_shape
+    if operation.kernel is not None:
+        args = _for_one_token(call.args, x, (*found.batch, *found.contract))
+        rest = call.run(_without(kernel), args=args)  # its bias
+        zeros, batch = jnp.zeros(kernel.ordered_shape, rest.dtype), tuple(range(len(found.batch)))
+        inputs = tuple(range(len(batch), len(batch) + len(found.contract)))
+        dims = (found.contract, inputs), (found.batch, batch)
+        precision = getattr(call.layer, "precision", None)
+        y = operation(x.astype(rest.dtype), zeros, dims, precision)
+        return _Computed(jnp.transpose(y, found.order) + rest)
     if not operation.is_better_beside(*product):
         return None
     y, update = call.run_on_floats(), operation.update(*product)
     return _Computed(y + jnp.transpose(update, found.order).astype(y.dtype))
+
+
+def _for_one_token(args: tuple[Any, ...], x: Any, others: Sequence[int]) -> tuple[Any, ...]:
+    """Arguments with zeros for x, of size one along all axes but these."""
+    few = jnp.zeros([n if i in others else 1 for i, n in enumerate(x.shape)], x.dtype)
+    return tuple(few if a is x else a for a in args)
 
 
 def _on_changed_kernels(call: Call, updates: Sequence[Update], bases: Bases) -> Any:

@@ -90,9 +90,21 @@ def test_it_keeps_for_each_layer_what_the_float_base_keeps(strategy, how):
     assert kept_by_layer("qwix", how=how) > 0.9  # a float kernel
 
 
+@pytest.mark.parametrize("base", [Layers, Einsums])
 @pytest.mark.parametrize("how", TYPES)
-def test_layers_without_an_update_keep_no_floats_either(how):
-    assert kept_by_layer("quantised", targets=("layer_0",), how=how) < 0.2
+def test_layers_without_an_update_keep_no_floats_either(how, base):
+    assert kept_by_layer("quantised", targets=("layer_0",), how=how, base=base) < 0.2
+
+
+@pytest.mark.parametrize("strategy", ["merged", "factored"])
+def test_plain_layers_that_have_no_product_of_their_own_keep_no_floats_either(strategy):
+    assert kept_by_layer("quantised", strategy, base=Einsums) < 0.2
+    # And they multiply once: what is left of the layer it does for one token.
+    flops = {
+        base: compiled("quantised", 8, strategy, base=base).cost_analysis()["flops"]
+        for base in (Layers, Einsums)
+    }
+    assert flops[Einsums] < flops[Layers] * (1 + 2 / TOKENS)
 
 
 @pytest.mark.parametrize("how", TYPES)

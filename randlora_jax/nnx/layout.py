@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -42,11 +41,10 @@ def set_layout(model: nnx.Module, batch: Any) -> None:
       >>> set_layout(model, NamedSharding(mesh, PartitionSpec("data")))
     """
     layout = layout_of(variables(model), config_of(model), batch)
-    modules: Mapping[trees.Path, Any] = modules_of(model)
-    for path, module in modules.items():
-        adapted = vars(module).get("randlora_layer")
-        if adapted is None:
-            continue
+    modules = modules_of(model).items()
+    layers: list[tuple[trees.Path, Any]] = [m for m in modules if "randlora_layer" in vars(m[1])]
+    for path, module in layers:
+        adapted = module.randlora_layer
         labels = {k: k.label for k in adapted.kernels} or {None: ()}  # quantised, not adapted
         told = ((kernel, layout.told((*path, *label))) for kernel, label in labels.items())
         known = tuple((kernel, of_one) for kernel, of_one in told if of_one is not None)
