@@ -109,7 +109,8 @@ def run(
 
 def _quantised_kernels(call: Call, rule: LayerRule) -> dict[Kernel, None]:
     """The kernel of a layer without updates, if that is its only quantised parameter."""
-    if [*rule.kernels_of(call.layer)] != [*call.quantised]:
+    names = [*rule.kernels_of(call.layer)]
+    if len(names) != 1 or names != [*call.quantised]:
         return {}
     ((name, value),) = call.quantised.items()
     try:

@@ -412,3 +412,22 @@ def test_boxes_with_names_keep_them():
     divided = jax.device_put(variables, rl.sharding(variables, CONFIG, mesh))
     codes = trees.array_of(divided["params"]["up"]["kernel"])
     assert codes.sharding.spec == P("embed", "mlp")
+
+
+def test_a_layer_with_several_kernels_runs_on_their_floats():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            a, b = (
+                self.param(n, nn.initializers.lecun_normal(), s)
+                for n, s in (("a", (64, 128)), ("b", (128, 64)))
+            )
+            return jnp.tanh(x @ a) @ b
+
+    rl.register_layer(Two, {"a": (0,), "b": (0,)})
+    model = RandLora(Two(), CONFIG)
+    quantised, floating = variables_of(model, qtype="nf4", tile_size=16)
+    assert [*kernels(quantised["params"])] == ["a", "b"]
+    assert equal(gradients(model, quantised), gradients(model, floating))
+    off = model.clone(active=())
+    assert equal(off.apply(quantised, X), off.apply(floating, X))

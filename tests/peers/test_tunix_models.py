@@ -13,8 +13,17 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
 import randlora_jax as rl
-from randlora_jax.nnx import RandLoraParam, inject, load_adapter, merge, update, variables
+from randlora_jax.nnx import (
+    RandLoraParam,
+    inject,
+    load_adapter,
+    merge,
+    quantize,
+    update,
+    variables,
+)
 from tests.linen_cases import randomised
+from tests.quantised_models import to_floats
 
 CONFIG = rl.RandLoraConfig(r=4, randlora_alpha=4.0, target_modules="all-linear")
 SIZES = dict(num_layers=2, embed_dim=16, hidden_dim=24, num_heads=4, head_dim=4, num_kv_heads=2)
@@ -144,3 +153,29 @@ def test_an_adapter_is_saved_and_loaded(family, tmp_path):
     other = make()
     load_adapter(tmp_path / "adapter", other)
     np.testing.assert_array_equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("how", [{"qtype": "int8"}, {"qtype": "nf4", "tile_size": 4}])
+def test_a_quantised_base_computes_and_trains_as_its_floats(family, how):
+    make, _ = family
+
+    def loss(model):
+        return jnp.sum(logits(model) ** 2) / 100
+
+    def gradients(model):
+        return nnx.to_pure_dict(nnx.grad(loss, argnums=nnx.DiffState(0, RandLoraParam))(model))
+
+    model = quantize(make(), **how)
+    start = logits(model)
+    twin = to_floats(quantize(make(), **how))
+    scale = float(jnp.abs(start).max())
+    np.testing.assert_allclose(start, logits(twin), atol=1e-5 * scale)
+    inject(model, CONFIG)
+    np.testing.assert_allclose(logits(model), start, atol=1e-5 * scale)
+    ours, theirs = (trained(m) for m in (quantize(make(), **how), twin))
+    np.testing.assert_allclose(logits(ours), logits(theirs), atol=1e-4 * scale)
+    pairs = zip(*(jax.tree.leaves(gradients(m)) for m in (ours, theirs)), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=5e-3 * jnp.abs(other).max())
+    y = logits(ours)
+    np.testing.assert_allclose(logits(merge(ours)), y, atol=1e-4 * jnp.abs(y).max())
