@@ -1,6 +1,7 @@
 """A quantised base of an NNX model: stacked blocks, attention, an Einsum."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -173,3 +174,17 @@ def test_quantize_changes_nothing_where_it_fails():
     assert type(model.blocks.up) is nnx.Linear
     with pytest.raises(TypeError, match="model must be an NNX module"):
         quantize({"params": {}})
+
+
+def test_a_pinned_folder_knows_the_type_of_the_base(tmp_path):
+    quantised, floating = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            rl.pin_adapter(tmp_path / "q", variables(quantised), CONFIG)
+            rl.pin_adapter(tmp_path / "f", variables(floating), CONFIG)
+    with pytest.warns(UserWarning, match="is of nf4, 16 x 1 x 1, and this one's is of floats") as told:
+        rl.pin_adapter(tmp_path / "q", variables(floating), CONFIG)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="is of floats, and this one's is of nf4"):
+        rl.pin_adapter(tmp_path / "f", variables(quantised), CONFIG)

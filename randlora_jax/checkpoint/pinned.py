@@ -11,6 +11,7 @@ import jax
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
+from randlora_jax.checkpoint.base_types import base_types, tell_of_another_base
 from randlora_jax.checkpoint.fingerprints import fingerprints
 from randlora_jax.checkpoint.orbax_items import resolved
 from randlora_jax.checks import check_config, check_variables, differences
@@ -36,7 +37,8 @@ def pin_adapter(
     Of several processes, all must call it.
 
     Raises:
-      ValueError: if the checkpoints there rest on another config, or on other bases.
+      ValueError: if the checkpoints there rest on another config, or on other bases. Where the base
+        is quantised, and was not or otherwise, it warns.
 
     Example:
       >>> import tempfile, flax.linen as nn, jax.numpy as jnp
@@ -54,9 +56,11 @@ def pin_adapter(
     check_config(config, several=True)
     path, configs = resolved(folder) / NAME, named.by_name(config)
     bases = fingerprints({"randlora_bases": variables["randlora_bases"]})
+    base = base_types(variables) if "params" in variables else {}
     if not path.exists():
         if jax.process_index() == 0:
-            described = {"configs": {n: c.to_dict() for n, c in configs.items()}, "bases": bases}
+            described: dict[str, Any] = {"bases": bases} | ({"base": base} if base else {})
+            described["configs"] = {name: one.to_dict() for name, one in configs.items()}
             _write(path, json.dumps(described, indent=2, sort_keys=True))
         return
     try:
@@ -81,6 +85,8 @@ def pin_adapter(
             f"the checkpoints in {path.parent} were trained on other bases than the model has: "
             "their dtype, or their values. Give the model those, or another folder"
         )
+    if "params" in variables:
+        tell_of_another_base(before.get("base", {}), base, stacklevel=2)
 
 
 def _write(path: Any, text: str) -> None:
