@@ -183,7 +183,7 @@ def test_a_pinned_folder_knows_the_type_of_the_base(tmp_path):
         for _ in range(2):
             rl.pin_adapter(tmp_path / "q", variables(quantised), CONFIG)
             rl.pin_adapter(tmp_path / "f", variables(floating), CONFIG)
-    with pytest.warns(UserWarning, match="is of nf4, 16 x 1 x 1, and this one's is of floats") as told:
+    with pytest.warns(UserWarning, match="is of nf4, 16 x 1 x 1, and") as told:
         rl.pin_adapter(tmp_path / "q", variables(floating), CONFIG)
     assert told[0].filename == __file__
     with pytest.warns(UserWarning, match="is of floats, and this one's is of nf4"):
