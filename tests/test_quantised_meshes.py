@@ -20,7 +20,7 @@ from randlora_jax.nnx import variables as variables_of
 from tests.compiling import shipped_jit
 from tests.linen_cases import normal, randomised
 from tests.pods import exchanged
-from tests.quantised_models import CONFIG, Dense, NnxModel, X, as_floats, equal, kernels
+from tests.quantised_models import CONFIG, NnxModel, X, as_floats, equal, kernels
 
 # Kernel specs of up (in < out) and down (out < in).
 LAYOUTS = {
@@ -35,19 +35,10 @@ TYPES = {
     "nf4, tiles that are cut": {"qtype": "nf4", "tile_size": 32},
 }
 BATCH = normal(2, 8, 16, 64)
-MODEL = RandLora(Dense(), CONFIG)
 
 
 def mesh_of(kind):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-
-
-@functools.cache
-def base():
-    params = Dense().init(jax.random.key(0), BATCH)["params"]
-    for layer in params.values():
-        del layer["bias"]
-    return params
 
 
 class NoBias(nn.Module):
@@ -55,6 +46,11 @@ class NoBias(nn.Module):
     def __call__(self, x):
         up = nn.Dense(128, use_bias=False, name="up")
         return nn.Dense(64, use_bias=False, name="down")(nn.tanh(up(x)))
+
+
+@functools.cache
+def base():
+    return NoBias().init(jax.random.key(0), BATCH)["params"]
 
 
 def placed(layout, kind, how):
@@ -173,7 +169,7 @@ def test_merging_and_requantising_keep_the_division(kind):
         assert array.scale.sharding == old.scale.sharding
 
 
-def test_quantising_nf4_gathers_no_kernel():
+def test_abstract_kernels_get_the_shardings_that_real_ones_get():
     mesh = mesh_of(AxisType.Auto)
     params = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
