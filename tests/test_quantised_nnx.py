@@ -54,9 +54,9 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("strategy", ["merged", "factored"])
-@pytest.mark.parametrize("how", TYPES.values(), ids=TYPES)
-def test_results_and_gradients_are_bit_equal_to_those_over_its_floats(how, strategy):
-    quantised, floating = pair(how=how, strategy=strategy)
+@pytest.mark.parametrize("of_type", ["int8", "int4", "nf4"])
+def test_results_and_gradients_are_bit_equal_to_those_over_its_floats(of_type, strategy):
+    quantised, floating = pair(how=TYPES[of_type], strategy=strategy)
     assert len(kernels(variables(quantised)["params"])) == 7
     assert not kernels(variables(floating)["params"])
     assert equal(gradients(quantised), gradients(floating))
