@@ -101,7 +101,8 @@ def ask(folder, question):
     """The answer of the model with the adapter that was saved there."""
     sizes, params = gguf_weights.load()
     llama = smollm2.Llama(sizes)
-    qtype = json.loads((folder / "run.json").read_text())["quantize"]
+    settings = folder / "run.json"
+    qtype = json.loads(settings.read_text()).get("quantize") if settings.exists() else None
     params = quantized(llama, params, qtype) if qtype else params
     variables, config = rl.load_adapter(folder / "adapter", {"params": params})
     merged = {"params": RandLora(llama, config).merge(variables)}
