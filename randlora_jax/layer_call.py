@@ -35,7 +35,6 @@ class Call(abc.ABC):
     kwargs: dict[str, Any]
     quantised: Mapping[str, Any]
 
-    @abc.abstractmethod
     def run(
         self,
         change: Change | None = None,
@@ -53,6 +52,17 @@ class Call(abc.ABC):
           beside: whether it runs a second time: then this is nothing that a user's tools should
             see.
         """
+        return self._run(change, attributes, self.args if args is None else args, beside)
+
+    @abc.abstractmethod
+    def _run(
+        self,
+        change: Change | None,
+        attributes: Mapping[str, Any],
+        args: tuple[Any, ...],
+        beside: bool,
+    ) -> Any:
+        """`run`, in a front end."""
 
     def run_on_floats(self) -> Any:
         """The method on the parameters as they are, floats in place of codes."""

@@ -6,7 +6,6 @@ by its attributes elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from flax.core import meta
 from randlora_jax.placement import automatic
 
 PARTS = ("qvalue", "scale", "zero_point")  # of a QArray; the last can be None
-_TILES = {"mxfp8": {1: 32}, "mxfp4": {1: 32}, "nvfp4": {1: 16}}  # without which qwix refuses
 
 
 def without_box(leaf: Any) -> Any:
@@ -55,7 +53,7 @@ def floats(leaf: Any) -> Any:
     if not is_quantised(leaf):
         return leaf
     leaf = without_box(leaf)
-    make = functools.partial(dequantised, levels=levels_of(leaf.qtype))
+    make = functools.partial(dequantised, levels=levels_of(leaf))
     return automatic(make, leaf.qvalue)(leaf.qvalue, leaf.scale, leaf.zero_point)
 
 
@@ -91,30 +89,23 @@ def _by_tiles(function: Callable[..., jax.Array], array: jax.Array, beside: jax.
     return function(array.reshape(*tiles), beside.reshape(*each)).reshape(array.shape)
 
 
+def levels_of(array: Any) -> tuple[float, ...] | None:
+    """What the codes of a QArray stand for, where that is not themselves, as of nf4."""
+    named = isinstance(array.qtype, str)  # one of qwix's own types
+    return _levels(array.qtype) if named and array.qvalue.dtype == jnp.uint4 else None
+
+
 @functools.cache
-def levels_of(qtype: Any) -> tuple[float, ...] | None:
-    """What the codes of one of qwix's own types stand for, where that is not themselves."""
-    if not isinstance(qtype, str):
-        return None
+def _levels(qtype: str) -> tuple[float, ...]:
     import qwix  # it is there, where a QArray is
 
     with jax.ensure_compile_time_eval():
-        one = qwix.quantize(jnp.ones((1, 32)), qtype, tiled_axes=_TILES.get(qtype, {}))
-        if one.qvalue.dtype != jnp.uint4:  # what it calls by a number is one
-            return None
-        array = dataclasses.replace(
-            one, qvalue=jnp.arange(16).astype(jnp.uint4)[None], scale=jnp.ones((1, 1))
-        )
-        return tuple(qwix.dequantize(array)[0].tolist())
+        every = jnp.arange(16).astype(jnp.uint4)
+        return tuple(qwix.dequantize(qwix.QArray(every, jnp.ones(16), qtype=qtype)).tolist())
 
 
 def type_of(leaf: Any) -> str:
-    """What a quantised array is made of, as "nf4, 64 x 1": the type, and the sizes of its tiles.
-
-    Of any other array, its dtype.
-    """
-    if not is_quantised(leaf):
-        return str(jnp.dtype(leaf.dtype))
+    """What a quantised array is made of, as "nf4, 64 x 1": the type, and the sizes of its tiles."""
     leaf = without_box(leaf)
     name = leaf.qtype if isinstance(leaf.qtype, str) else jnp.dtype(leaf.qtype).name
     tiles = (n // count for n, count in zip(leaf.shape, leaf.scale.shape, strict=True))

@@ -15,18 +15,8 @@ from jax.sharding import PartitionSpec as P
 D, F, HEADS = 64, 256, 4
 X = (16, 32, D)
 WHOLE = P()
-SIZES = {
-    "f32": 4,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "u64": 8,
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s4": 1,
-    "u4": 1,
-}
+SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u64": 8, "pred": 1}
+SIZES |= dict.fromkeys(("s8", "u8", "s4", "u4"), 1)
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 

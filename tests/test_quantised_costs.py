@@ -127,11 +127,16 @@ def test_a_step_s_operations_are_those_over_floats_and_a_few_for_each_code(strat
 
 def test_no_float_kernel_is_among_the_residuals():
     base = Layers(2)
-    params = jax.eval_shape(base.init, jax.random.key(0), X)
-    model = RandLora(base, CONFIG)
-    variables = jax.eval_shape(model.adapt, quantize(base, params, X, qtype="nf4", tile_size=64), X)
-    trains, frozen = rl.split(variables, CONFIG)
-    loss = lambda t, f: jnp.mean(model.apply(rl.combine(t, f), jnp.ones(X.shape)))
-    pull = jax.eval_shape(lambda t, f: jax.vjp(lambda t: loss(t, f), t)[1], trains, frozen)
-    floats = [leaf for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32]
-    assert floats and not any(leaf.size == WIDTH * WIDTH for leaf in floats if leaf.ndim == 2)
+    params = quantize(base, jax.eval_shape(base.init, jax.random.key(0), X), X, **TYPES["nf4"])
+    floats = {"params": jax.eval_shape(as_floats, params["params"])}
+    kernel = lambda leaf: leaf.dtype == jnp.float32 and leaf.shape == (WIDTH, WIDTH)
+
+    def residuals(params):
+        model = RandLora(base, CONFIG)
+        trains, frozen = rl.split(jax.eval_shape(model.adapt, params, X), CONFIG)
+        loss = lambda t, f: jnp.mean(model.apply(rl.combine(t, f), jnp.ones(X.shape)))
+        pull = lambda t, f: jax.vjp(lambda t: loss(t, f), t)[1]
+        return jax.tree.leaves(jax.eval_shape(pull, trains, frozen))
+
+    assert sum(map(kernel, residuals(floats))) == 2  # the base's own
+    assert sum(map(kernel, residuals(params))) == 0

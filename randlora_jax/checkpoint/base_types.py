@@ -17,11 +17,10 @@ def base_types(variables: trees.Tree) -> dict[str, str]:
     """What each adapted kernel that is quantised is made of, by its dotted path.
 
     Args:
-      variables: with "params" and the "randlora" of one adapter or of several.
+      variables: with "params" and the "randlora" of one adapter.
     """
     params = dict(trees.items(variables["params"]))
-    tails = {path[i:] for path, _ in scale_pairs(variables["randlora"]) for i in (0, 1)}
-    paths = {parse_label(path, params)[0] for path in tails}
+    paths = {parse_label(path, params)[0] for path, _ in scale_pairs(variables["randlora"])}
     found = {trees.dotted(path): params[path] for path in sorted(paths & set(params))}
     return {name: type_of(leaf) for name, leaf in found.items() if is_quantised(leaf)}
 

@@ -56,7 +56,9 @@ def pin_adapter(
     check_config(config, several=True)
     path, configs = resolved(folder) / NAME, named.by_name(config)
     bases = fingerprints({"randlora_bases": variables["randlora_bases"]})
-    base = base_types(variables) if "params" in variables else {}
+    base: dict[str, str] = {}
+    for name in configs if "params" in variables else ():
+        base |= base_types({**variables, "randlora": named.scales_of(variables, name)})
     if not path.exists():
         if jax.process_index() == 0:
             described: dict[str, Any] = {"bases": bases} | ({"base": base} if base else {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -34,15 +33,7 @@ class LinenCall(Call):
     running: Running
     taken: Running
 
-    def run(
-        self,
-        change: Change | None = None,
-        *,
-        attributes: Mapping[str, Any] = MappingProxyType({}),
-        args: tuple[Any, ...] | None = None,
-        beside: bool = False,
-    ) -> Any:
-        args = self.args if args is None else args
+    def _run(self, change, attributes, args, beside):
         with self._running(), self._with_attributes(attributes):
             if change is not None:
                 return self._run_on(change, args, beside)

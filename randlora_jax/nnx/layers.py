@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from flax import nnx
@@ -121,17 +120,10 @@ class NnxCall(Call):
 
     function: Callable[..., Any]
 
-    def run(
-        self,
-        change: Change | None = None,
-        *,
-        attributes: Mapping[str, Any] = MappingProxyType({}),
-        args: tuple[Any, ...] | None = None,
-        beside: bool = False,
-    ) -> Any:
+    def _run(self, change, attributes, args, beside):
         del beside  # nobody looks on
         changes = {} if change is None else self._changed(change)
-        return self._on_view({**attributes, **changes}, self.args if args is None else args)
+        return self._on_view({**attributes, **changes}, args)
 
     def _changed(self, change: Change) -> dict[str, Any]:
         """The variables that differ where parameters are changed."""

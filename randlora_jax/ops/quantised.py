@@ -38,7 +38,7 @@ def grid_and_arrays(kernel: Any, stacked: int, dtype: Any) -> tuple[Grid, Arrays
                     value = jnp.repeat(value, kernel.shape[axis] // value.shape[axis], axis)
             arrays[name] = value
     beside = tuple((name, value.shape[stacked:]) for name, value in arrays.items())
-    grid = Grid(levels_of(kernel.qtype), beside, jnp.dtype(dtype))
+    grid = Grid(levels_of(kernel), beside, jnp.dtype(dtype))
     return grid, {"kernel": kernel.qvalue, **arrays}
 
 
