@@ -150,8 +150,11 @@ def test_a_checkpoint_without_bases_is_smaller(tmp_path):
     size = {}
     for keep in (True, False):
         variables, config = make(save_projection=keep, modules_to_save=["head"])
-        rl.save_adapter(tmp_path / str(keep), variables, config)
-        size[keep] = sum(map(len, files(tmp_path / str(keep)).values()))
+        folders = [tmp_path / f"{keep}{i}" for i in range(3)]
+        for folder in folders:
+            rl.save_adapter(folder, variables, config)
+        # The smallest: Orbax at times leaves a part of what it writes in two files.
+        size[keep] = min(sum(map(len, files(folder).values())) for folder in folders)
     assert size[False] < size[True] - 1000
 
 
