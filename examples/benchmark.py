@@ -74,8 +74,8 @@ def flops_table(rank=32):
             base = count(jax.value_and_grad(plain, 1), params, x)
             m = -(-min(ins, outs) // rank) * rank
             ways = {
-                "merged": sum(product_flops(tokens, ins, outs, m, True, True)),
-                "factored": sum(product_flops(tokens, ins, outs, m, False, False)),
+                "merged": sum(product_flops(tokens, ins, outs, m, "merged", "merged")),
+                "factored": sum(product_flops(tokens, ins, outs, m, "factored", "factored")),
             }
             best = min(ways, key=ways.get)
             rows.append((f"{tokens}", f"{ins} x {outs}", best, f"{ours / ways[best]:.3f}",

@@ -43,6 +43,16 @@ def placed_like(old: Any, new: Any) -> Any:
     return jax.device_put(new, NamedSharding(sharding.mesh, spec))
 
 
+def beside(old: Any, new: Any) -> Any:
+    """The new array whole on each device of the mesh that the old one is on, if on one."""
+    sharding = getattr(old, "sharding", None)
+    if not (has_values(old) and has_values(new) and isinstance(sharding, NamedSharding)):
+        return new
+    if getattr(new.sharding, "mesh", None) == sharding.mesh:
+        return new
+    return jax.device_put(new, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def whole(array: jax.Array) -> jax.Array:
     """An array that is divided by its type, on a mesh with explicit axes, whole on each device.
 

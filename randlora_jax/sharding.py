@@ -19,7 +19,7 @@ from randlora_jax.checks import check_config, check_variables
 from randlora_jax.placement import fitting, mesh_axes
 from randlora_jax.quantised import codes, is_quantised
 from randlora_jax.sites import GAMMA, Site
-from randlora_jax.stored import sites_of
+from randlora_jax.stored import of_one_slot, sites_of, slots_of
 
 Rules = Sequence[tuple[str, Any]]
 
@@ -32,6 +32,7 @@ def sharding(
     data_axes: Sequence[str] | None = None,
     zero_axes: Sequence[str] = (),
     bases_axes: Sequence[str] = (),
+    table_axes: Sequence[str] = (),
     rules: Rules | None = None,
 ) -> dict[str, Any]:
     """Shardings for `jax.device_put`, or for in_shardings and out_shardings of `jax.jit`.
@@ -50,6 +51,8 @@ def sharding(
       bases_axes: mesh axes that divide `randlora_B`: those that divide kernels. Layers whose large
         side is not divided by them fetch the rows that they read, each time. Rows that they don't
         divide evenly stay whole.
+      table_axes: mesh axes that divide the slots of a table of adapters: each call then fetches the
+        entries of its rows.
       rules: what the names in boxes are on the mesh, as in Flax's `nn.logical_axis_rules`; by
         default the boxes' own, or those of the context.
 
@@ -83,16 +86,18 @@ def sharding(
     if on is None:
         raise ValueError("mesh is None, and no array is on one: give the mesh")
     fields = {"data_axes": data_axes, "zero_axes": zero_axes, "bases_axes": bases_axes}
+    fields["table_axes"] = table_axes
     for field, axes in fields.items():
         _check_axes(field, axes or (), on)
     shapes = {path: trees.array_of(leaf).shape for path, leaf in trees.items(variables)}
     specs = {path: spec_in(path, leaf, on, rules) for path, leaf in trees.items(variables)}
     B = ("randlora_bases", "randlora_B")
     specs[B] = P(*fitting([tuple(bases_axes)], shapes[B][:1], on)) if bases_axes else P()
+    slots = (tuple(table_axes) or None,) if slots_of(variables) else ()
     for name, site in sites_by_name(variables, config):
         kernel = ("params", *site.kernel_path)
         names = padded(specs[kernel], len(shapes[kernel]))
-        for scale, axes in site.scale_axes(names, followed(data_axes)).items():
+        for scale, axes in site.scale_axes(names, followed(data_axes), slots).items():
             path = ("randlora", *([name] if name else []), *site.path, scale)
             more, shape = zero_axes if scale == GAMMA else (), shapes[path]
             specs[path] = P(*_divided_more(fitting(axes, shape, on), shape, more, on))
@@ -111,6 +116,7 @@ def sites_by_name(variables: trees.Tree, config: named.Configs) -> Iterator[tupl
     """(name of the adapter, site) of each site, as far as shapes tell; "" for one config alone."""
     for name, one in named.by_name(config).items():
         of_one = {**variables, "randlora": named.scales_of(variables, name)}
+        of_one = of_one_slot(of_one, one) if slots_of(variables) else of_one
         for site in sites_of(of_one, one, guess=True):
             yield name, site
 

@@ -237,17 +237,22 @@ class Site:
         node = trees.get(tree, self.path)
         return node[LAMBDA], node[GAMMA]
 
-    def stored_scales(self, r: int) -> dict[trees.Path, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of its scales in "randlora", by path."""
+    def stored_scales(
+        self, r: int, slots: tuple[int, ...] = ()
+    ) -> dict[trees.Path, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of its scales in "randlora", by path; of those of a table's slots."""
         dtype = accumulation_dtype(self.kernel.dtype)
-        shape = lambda layer: self.stack.join(layer, self.stack.adapted_sizes)
+        shape = lambda layer: self.stack.join((*slots, *layer), self.stack.adapted_sizes)
         return {
             (*self.path, scale): jax.ShapeDtypeStruct(shape(layer), dtype)
             for scale, layer in zip(SCALES, self.kernel.scale_shapes(r), strict=True)
         }
 
     def scale_axes(
-        self, names: Sequence[Any], followed: Callable[[Any], bool] = lambda name: False
+        self,
+        names: Sequence[Any],
+        followed: Callable[[Any], bool] = lambda name: False,
+        slots: tuple[Any, ...] = (),
     ) -> dict[str, tuple[Any, ...]]:
         """What its scales' axes are called, or divided by, where the kernel's are so.
 
@@ -255,6 +260,7 @@ class Site:
           names: of the axes of the stored kernel; or of one layer's alone, if they are no more.
           followed: whether gamma has this name too, where the side of the kernel that it scales
             has it. The axes of a stack have the kernel's in any case.
+          slots: what the axis of a table is called, if the scales are those of one.
         """
         layer, stack = names, (None,) * len(self.stack.axes)
         if len(names) > len(self.kernel.shape):
@@ -264,5 +270,5 @@ class Site:
         # Several axes are one in gamma, of which only the first, the slowest, can be divided.
         along = None if any(others) or first is None or not followed(first) else first
         own = [layer[i] for i in self.kernel.stacked]
-        join = lambda *axes: self.stack.join((*own, *axes), stack)
+        join = lambda *axes: self.stack.join((*slots, *own, *axes), stack)
         return {LAMBDA: join(None, None), GAMMA: join(None, along)}

@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from randlora_jax import trees
-from randlora_jax.bases import check_rank
+from randlora_jax.bases import SCALING, check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.equations import KernelAxes
 from randlora_jax.ops.dot_general import check_fit
@@ -68,6 +70,11 @@ def _all_readings(
       ValueError: naming the layer, where scales, bases and kernel don't fit.
     """
     params, bases = dict(trees.items(variables["params"])), variables.get("randlora_bases")
+    if capacity := slots_of(variables):
+        raise ValueError(
+            f"'randlora' holds a table of {capacity[0]} adapters: rl.adapters.select(variables, "
+            "table, name) takes one out"
+        )
     for path, scales in scale_pairs(variables["randlora"]):
         where, labelled = parse_label(path, params)
         if where not in params:
@@ -86,6 +93,44 @@ def _all_readings(
         except ValueError as error:
             raise ValueError(f"{trees.shown(path)}: {error}") from None
         yield path, found
+
+
+def slots_of(variables: trees.Tree) -> tuple[int, ...]:
+    """(capacity,) of scales that are a table's, else ()."""
+    scaling = variables.get("randlora_bases", {}).get(SCALING)
+    return () if scaling is None else scaling.shape
+
+
+def of_one_slot(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]:
+    """A table's variables as if one adapter were in them: the shapes of its scales.
+
+    Raises:
+      ValueError: naming the layer, where nothing fits.
+    """
+    bases = {k: array for k, array in variables["randlora_bases"].items() if k != SCALING}
+    capacity, leaves = slots_of(variables), {}
+    for path, pair in scale_pairs(variables["randlora"]):
+        arrays = [trees.unboxed(leaf) for leaf in pair]
+        for axis in range(arrays[0].ndim - 2):
+            less = lambda shape, axis=axis: (*shape[:axis], *shape[axis + 1 :])
+            one = {
+                (*path, scale): jax.ShapeDtypeStruct(less(array.shape), array.dtype)
+                for scale, array in zip(SCALES, arrays, strict=True)
+            }
+            given = {**variables, "randlora": trees.build(one), "randlora_bases": bases}
+            try:
+                (site,) = sites_of(given, config, guess=True)
+            except ValueError:
+                continue
+            if site.stored_scales(config.r, capacity)[(*path, LAMBDA)].shape == arrays[0].shape:
+                leaves |= one
+                break
+        else:
+            raise ValueError(
+                f"{trees.shown(path)}: scales of {arrays[0].shape} are none of a table of "
+                f"{capacity} for its kernel"
+            )
+    return {**variables, "randlora": trees.build(leaves), "randlora_bases": bases}
 
 
 def scale_pairs(scales: trees.Tree) -> Iterator[tuple[trees.Path, tuple[Any, Any]]]:

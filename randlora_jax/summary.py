@@ -98,11 +98,11 @@ def summary(
 
 def _cost(kernel: Kernel, r: int, tokens: int, strategy: Strategy) -> tuple[str, ...]:
     """(way forward, way backward, operations over those of the frozen layer)."""
-    m = math.prod(kernel.scale_shapes(r)[0][-2:])
-    ways = cheapest(tokens, *kernel.features, m, strategy)
+    _, n = kernel.scale_shapes(r)[0][-2:]
+    ways = cheapest(tokens, *kernel.features, (r, n), strategy)
     frozen = 4 * tokens * math.prod(kernel.features)
-    over = sum(product_flops(tokens, *kernel.features, m, *ways)) / frozen
-    return *("merged" if merge else "factored" for merge in ways), f"{over:.2f}"
+    over = sum(product_flops(tokens, *kernel.features, r * n, *ways)) / frozen
+    return *ways, f"{over:.2f}"
 
 
 def _of_base(params: trees.Tree) -> list[tuple[str, str]]:

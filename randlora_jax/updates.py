@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from randlora_jax import equations
-from randlora_jax.bases import Bases, check_rank
+from randlora_jax.bases import SCALING, Bases, check_rank
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.layer_call import Call, Change, as_floats
 from randlora_jax.ops.costs import Strategy
@@ -36,6 +36,7 @@ from randlora_jax.ops.dot_general import (
     delta_weight,
     prepare_scales,
 )
+from randlora_jax.ops.rows import scales_of_rows
 from randlora_jax.quantised import floats, is_quantised
 from randlora_jax.registry import LayerRule, rule_for
 from randlora_jax.sites import Kernel
@@ -50,6 +51,7 @@ class Update:
     config: RandLoraConfig
     scales: Scales  # multiplied by the scaling
     dropout: Dropout | None
+    rows: tuple[int, ...] = ()  # the shape of `adapter_ids`, where rows have scales of their own
 
 
 def prepare(
@@ -59,8 +61,12 @@ def prepare(
     bases: Bases,
     scales: Scales,
     dropout: Dropout | None,
+    ids: jax.Array | None = None,
 ) -> Update:
     """An update from one layer's scales.
+
+    Args:
+      ids: of the adapters of rows, if the scales are a table's.
 
     Raises:
       ValueError: naming the target, where kernel, scales, bases and config don't fit.
@@ -70,7 +76,12 @@ def prepare(
         check_fit(bases, kernel.features, [s.shape for s in scales])
     except ValueError as error:
         raise ValueError(f"{target or '(root)'!r}: {error}") from None
-    return Update(target, kernel, config, prepare_scales(bases, scales, config.scaling), dropout)
+    scaling, rows = config.scaling, ()
+    if ids is not None:
+        scales = scales_of_rows(scales, bases[SCALING], ids, len(kernel.stacked))
+        scaling, rows = 1.0, ids.shape
+    scales = prepare_scales(bases, scales, scaling)
+    return Update(target, kernel, config, scales, dropout, rows)
 
 
 def run(
@@ -98,12 +109,21 @@ def run(
             [u.scales for u in updates],
             [u.dropout for u in updates],
             *(strategy, told, None, _in_order(call.quantised.get(kernel.name), kernel)),
+            updates[0].target or "(root)" if updates else "",
         )
-        computed = _through_product(call, rule, operation, kernel)
+        rows = any(u.rows for u in updates)
+        computed = _through_product(call, rule, operation, kernel, rows)
         if computed is None:
             computed = _with_product_added(call, rule, operation, kernel)
         if computed is not None:
             return computed.value
+    for update in updates:
+        if update.rows:
+            raise ValueError(
+                f"{update.target or '(root)'!r} is not known to multiply by its kernel and do "
+                f"nothing else, so adapter_ids of shape {update.rows} would need a kernel for each "
+                "row: give one id for all, or leave the layer out of the adapters"
+            )
     return _on_changed_kernels(call, updates, bases) if updates else call.run_on_floats()
 
 
@@ -160,13 +180,18 @@ class _Computed:
 
 
 def _through_product(
-    call: Call, rule: LayerRule, operation: RandLoraDotGeneral, kernel: Kernel
+    call: Call,
+    rule: LayerRule,
+    operation: RandLoraDotGeneral,
+    kernel: Kernel,
+    rows: bool,
 ) -> _Computed | None:
     """Runs a layer that multiplies through an attribute with ours in its place, if it uses it."""
     # A call that overrides the registered one can use the kernel in other ways too. Only dropout,
-    # which needs the layer's input and is off in what `merge` agrees with, may rely on it.
+    # which needs the layer's input and is off in what `merge` agrees with, may rely on it, and
+    # rows of adapters, which have no kernel in common.
     inherits = getattr(call.cls, call.method) is getattr(rule.layer, call.method)
-    if not inherits and not any(operation.dropouts):
+    if not inherits and not any(operation.dropouts) and not rows:
         return None
     used = []
 

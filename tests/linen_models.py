@@ -146,7 +146,10 @@ class Scan(nn.Module):
 
 
 class ScanLayer(nn.Module):
-    """`nn.scan` of a function around a bare layer."""
+    """`nn.scan` of a function around a bare layer.
+
+    XLA may fuse its product with what follows, and round otherwise where an update is added.
+    """
 
     @nn.compact
     def __call__(self, x):

@@ -60,10 +60,10 @@ def test_layers_of_every_equation_apply_as_they_merge(product, strategy):
     variables = model.adapt(base.init({"params": KEY}, equation, x), equation, x)
     (label,) = variables["randlora"]
     assert rl.peft.names.parse_label((label,))[1] == axes
-    np.testing.assert_array_equal(
-        model.apply(variables, equation, x),
-        base.apply({"params": variables["params"]}, equation, x),
-    )
+    start = model.apply(variables, equation, x)
+    # An einsum of axes in another order than the product's may sum in another one.
+    alone = base.apply({"params": variables["params"]}, equation, x)
+    assert_close(np.asarray(start), np.asarray(alone), 1e-6)
     variables = {**variables, "randlora": randomised(variables["randlora"])}
     y = model.apply(variables, equation, x)
     merged = base.apply({"params": rl.merge(variables, CONFIG)}, equation, x)
@@ -77,7 +77,8 @@ def test_the_same_in_nnx(product, strategy):
     x = normal(0, *x_shape)
     make = lambda: nnx.Einsum(equation, kernel_shape, rngs=nnx.Rngs(0))
     model = rx.inject(make(), CONFIG, strategy=strategy)
-    np.testing.assert_array_equal(model(x), make()(x))
+    # An einsum of axes in another order than the product's may sum in another one.
+    assert_close(np.asarray(model(x)), np.asarray(make()(x)), 1e-6)
     values = rx.variables(model)
     rx.update(model, {**values, "randlora": randomised(values["randlora"])})
     y = np.asarray(model(x))

@@ -1,5 +1,6 @@
 """Several adapters by name on one base and one pair of bases."""
 
-from randlora_jax.adapters.named import delete, insert, select, with_strength
+from randlora_jax.adapters.tables import Table, table
+from randlora_jax.adapters.verbs import delete, insert, select, with_strength
 
-__all__ = ["delete", "insert", "select", "with_strength"]
+__all__ = ["Table", "delete", "insert", "select", "table", "with_strength"]

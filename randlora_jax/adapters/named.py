@@ -74,15 +74,7 @@ def check(config: Configs, names: tuple[str, ...] | None = None) -> None:
 def select(
     variables: trees.Tree, config: Configs, name: str
 ) -> tuple[dict[str, Any], RandLoraConfig]:
-    """One of several adapters, as if it were the only one: for `split`, `save_adapter`, `summary`.
-
-    Example:
-      >>> variables = {"params": {}, "randlora": {"a": {"x": 1}, "b": {"x": 2}}}
-      >>> configs = {"a": RandLoraConfig(), "b": RandLoraConfig(randlora_alpha=32)}
-      >>> one, config = select(variables, configs, "b")
-      >>> one["randlora"], config.randlora_alpha
-      ({'x': 2}, 32)
-    """
+    """`rl.adapters.select`, of several trees, or of the one there is."""
     _check(variables, config)
     if name not in by_name(config):
         raise ValueError(f"there is no adapter {name!r}: {_there_is(config)}")
@@ -98,14 +90,7 @@ def insert(
     added: trees.Tree,
     added_config: RandLoraConfig,
 ) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
-    """Adds an adapter, as `adapt` or `load_adapter` returned it, to others by name.
-
-    Nothing is copied, and no adapter that is there changes; bases become larger where the new one
-    needs it. `delete` takes an adapter away again.
-
-    Raises:
-      ValueError: if the name is taken, or if the two can't be on the same bases.
-    """
+    """`rl.adapters.insert`, to several trees."""
     for one in (variables, added):
         check_variables(one, "randlora", "randlora_bases")
     _check(variables, config)
@@ -126,18 +111,7 @@ def insert(
 def delete(
     variables: trees.Tree, config: Mapping[str, RandLoraConfig], name: str
 ) -> tuple[dict[str, Any], dict[str, RandLoraConfig]]:
-    """Takes one of several adapters away; bases stay as they are. Nothing is copied.
-
-    Raises:
-      ValueError: if there is no such adapter, or no other one.
-
-    Example:
-      >>> variables = {"params": {}, "randlora": {"a": {"x": 1}, "b": {"x": 2}}}
-      >>> configs = {"a": RandLoraConfig(), "b": RandLoraConfig()}
-      >>> variables, configs = delete(variables, configs, "a")
-      >>> variables["randlora"], list(configs)
-      ({'b': {'x': 2}}, ['b'])
-    """
+    """`rl.adapters.delete`, of several trees."""
     _check(variables, config)
     configs = without(config, name)
     scales = {n: scales_of(variables, n) for n in configs}
@@ -147,26 +121,7 @@ def delete(
 def with_strength(
     variables: trees.Tree, config: Configs, strength: Strength | Mapping[str, Strength]
 ) -> dict[str, Any]:
-    """Variables whose updates are multiplied by numbers, which may be traced: no recompilation.
-
-    An update is linear in its lambdas, of which these are other ones; the given stay as they are,
-    and are what to save.
-
-    Args:
-      variables: as `adapt` returned them.
-      config: the adapter's, or those of several by name.
-      strength: a number; of several adapters, numbers by name for those that change.
-
-    Raises:
-      ValueError: for a name that is none of the adapters', and for what is no number.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> variables = {"params": {}, "randlora": {"a": {"randlora_lambda": jnp.ones(2)}}}
-      >>> weaker = with_strength(variables, {"a": RandLoraConfig()}, {"a": 0.5})
-      >>> weaker["randlora"]["a"]["randlora_lambda"].tolist()
-      [0.5, 0.5]
-    """
+    """`rl.adapters.with_strength`, of several trees, or of the one there is."""
     _check(variables, config)
     scaled = dict(trees.items(variables["randlora"]))
     for name, number in strengths(config, strength).items():

@@ -17,6 +17,7 @@ from randlora_jax.linen.calls import deterministic_of
 from randlora_jax.linen.discovery import discover
 from randlora_jax.linen.layers import Interceptor
 from randlora_jax.linen.scales import boxed
+from randlora_jax.ops.rows import checked_ids
 from randlora_jax.quantised import wrapped_by_qwix
 from randlora_jax.sharding import whole_beside
 
@@ -83,7 +84,9 @@ def interceptor_of(
             "RandLora(..., deterministic=...)"
         )
     bases = dict(variables.get("randlora_bases", {}))
+    ids = checked_ids(kwargs.get("adapter_ids"), bases if active else None)
+    kwargs = {name: value for name, value in kwargs.items() if name != "adapter_ids"}
     off = rate == 0 or bool(given)
     key = rngs.get("dropout", rngs.get("params")) if isinstance(rngs, Mapping) else rngs
     settings = model.parameters, bases, off, model.strategy, model.layout
-    return Interceptor(active, *settings, key), kwargs
+    return Interceptor(active, *settings, key, ids), kwargs

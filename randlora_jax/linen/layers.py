@@ -48,6 +48,7 @@ class Interceptor:
       deterministic: whether dropout is off.
       layout: how arrays are divided, if it is told.
       key: of the call's dropout, for layers that the model's own transforms give none.
+      ids: of the adapters of rows, where the scales are a table's.
       depth: length of the base's own path, where it is within another module.
       calls: what runs as the model's own.
       drawn: how often a module has had a key of `key`.
@@ -62,6 +63,7 @@ class Interceptor:
     strategy: Strategy
     layout: Layout | None = None
     key: Any = None
+    ids: Any = None
     depth: int = 0
     calls: OurCall = dataclasses.field(default_factory=OurCall)
     running: dict[bool, Running] = dataclasses.field(default_factory=dict)
@@ -108,20 +110,20 @@ class Interceptor:
         config = next(iter(self.adapters.values()))
         params, found = module.variables.get("params", {}), []
         kernels = adaptable(module, name, config, self.parameters, call)
-        kernels |= _scaled_kernels(name, params, kernels)
+        slots = 0 if self.ids is None else 1  # an axis of the scales of one layer
+        kernels |= _scaled_kernels(name, params, kernels, slots)
         for kernel, target in kernels.items():
             beside = params.get(kernel.label[0], {}) if kernel.label else params
             for adapter, config in self.adapters.items():
                 names = [scale_name(scale, adapter) for scale in SCALES]
                 if names[0] in beside:
                     lam, gamma = (trees.unboxed(beside[name]) for name in names)
-                    if lam.ndim > 2 + len(kernel.stacked):
+                    if lam.ndim > slots + 2 + len(kernel.stacked):
                         break  # the outside of a lifted layer, which comes again inside
                     number = trees.unboxed(beside.get(scale_name(NUMBER, adapter)))
                     scales, dropout = (lam, gamma), self._dropout(module, config, number)
-                    found.append(
-                        updates.prepare(target, kernel, config, self.bases, scales, dropout)
-                    )
+                    given = target, kernel, config, self.bases, scales, dropout, self.ids
+                    found.append(updates.prepare(*given))
                 elif own and call is not None and target == name and _is_target(config, name):
                     raise ValueError(
                         f"{target!r} is one of target_modules but has no scales in 'randlora': "
@@ -180,7 +182,7 @@ def _names(leaf: Any) -> set[str]:
 
 
 def _scaled_kernels(
-    name: str, params: Mapping[str, Any], known: Mapping[Kernel, str]
+    name: str, params: Mapping[str, Any], known: Mapping[Kernel, str], slots: int
 ) -> dict[Kernel, str]:
     """A module's kernels as their scales have them, where nothing else tells of them.
 
@@ -194,11 +196,11 @@ def _scaled_kernels(
         ours = isinstance(leaf, Mapping) and leaf and all(map(is_scale, leaf))
         if axes is not None and labelled in params and labelled not in claimed and ours:
             value, scale = (trees.unboxed(a) for a in (params[labelled], next(iter(leaf.values()))))
-            if scale.ndim == 2 + len(axes.stacked):  # else outside of a lifted layer
+            if scale.ndim == slots + 2 + len(axes.stacked):  # else outside of a lifted layer
                 kernel = Kernel(value.shape, axes.inputs, labelled, value.dtype, axes.stacked)
                 found[kernel] = name
     shapes = {  # of any adapter's, for they agree
-        key.partition(":")[0]: trees.unboxed(leaf).shape
+        key.partition(":")[0]: trees.unboxed(leaf).shape[slots:]
         for key, leaf in params.items()
         if is_scale(key)
     }

@@ -23,8 +23,8 @@ from randlora_jax.nnx.lending import RandLoraBasis, settle
 from randlora_jax.nnx.state import check_same, spread
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.sharding import along, followed, mesh_of, spec_of
-from randlora_jax.sites import SCALES, Kernel, Site, Stack, scale_name
-from randlora_jax.stored import sites_of
+from randlora_jax.sites import LAMBDA, SCALES, Kernel, Site, Stack, scale_name
+from randlora_jax.stored import of_one_slot, sites_of, slots_of
 
 Scales = Mapping[trees.Path, Any]
 
@@ -99,9 +99,11 @@ def given_scales(
     Raises:
       ValueError: if they don't fit the sites, or the bases.
     """
-    stored = (site.stored_scales(config.r) for site in sites)
+    slots = slots_of(variables)
+    stored = (site.stored_scales(config.r, slots) for site in sites)
     check_same(given, trees.build(dict(collections.ChainMap(*stored))))
-    sites_of({**variables, "randlora": given}, config, guess=True)
+    variables = {**variables, "randlora": given}
+    sites_of(of_one_slot(variables, config) if slots else variables, config, guess=True)
     return dict(trees.items(given))
 
 
@@ -130,7 +132,9 @@ def _attach_scales(
     rules = kernel.get_metadata().get("sharding_rules")
     resolve = lambda name: next(iter(get_pspec((name,), rules)))
     divided_by = spec_of(array) if names is None else names
-    axes = site.scale_axes(divided_by, followed(data_axes, resolve))
+    lam, layer = scales[(*site.path, LAMBDA)], 2 + len(site.kernel.stacked)
+    slots = (None,) * (lam.ndim - layer - len(site.stack.axes))
+    axes = site.scale_axes(divided_by, followed(data_axes, resolve), slots)
     beside = holder(module, site.kernel)
     for scale in SCALES:
         value = spread(site.stack, scales[(*site.path, scale)])

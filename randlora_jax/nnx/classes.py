@@ -51,7 +51,8 @@ def root_class(cls: type[nnx.Module]) -> type[nnx.Module]:
             )
         _refuse_to_donate_twice(name, decorated)
         arrays = bases_of(root).values()
-        with lent(root, shared=isinstance(decorated, JitWrapped)) as stacked:
+        ids = kwargs.pop("adapter_ids", None)
+        with lent(root, shared=isinstance(decorated, JitWrapped), adapter_ids=ids) as stacked:
             result = method(root, *args, **kwargs)
         if stacked and any(not isinstance(a, Tracer) and a.is_deleted() for a in arrays):
             warnings.warn(

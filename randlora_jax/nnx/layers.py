@@ -13,9 +13,10 @@ from randlora_jax import updates
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.layer_call import Call, Change
 from randlora_jax.nnx.discovery import original_class
-from randlora_jax.nnx.lending import STRENGTH, lent_to
+from randlora_jax.nnx.lending import IDS, STRENGTH, lent_to
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Told
+from randlora_jax.ops.rows import checked_ids
 from randlora_jax.quantised import is_quantised
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
 
@@ -85,6 +86,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
     if not active and not quantised:
         return method(module, *args, **kwargs)
     bases, found = lent_to(module) if active else {}, []
+    ids = checked_ids(bases.get(IDS), bases if active else None)
     for kernel, adapter, config in active:
         lam, gamma = (scale.get_value() for scale in scales_of(module, kernel, adapter))
         mask = getattr(module, scale_name("randlora_rows", adapter), None)
@@ -97,7 +99,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         target = f"{original_class(module).__name__}.{kernel.name}"
         _check_whole(target, getattr(module, kernel.name).shape, kernel.shape)
         scales = lam, gamma
-        found.append(updates.prepare(target, kernel, config, bases, scales, dropout))
+        found.append(updates.prepare(target, kernel, config, bases, scales, dropout, ids))
     called = NnxCall(module, original_class(module), name, args, kwargs, quantised, method)
     told = dict(adapted.told).get(found[0].kernel if found else None)
     return updates.run(called, found, bases, adapted.strategy, told)

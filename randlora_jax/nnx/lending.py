@@ -19,9 +19,12 @@ import jax
 from flax import nnx
 
 from randlora_jax import trees
+from randlora_jax.bases import SCALING
 from randlora_jax.nnx.discovery import modules_of, original_class
+from randlora_jax.ops.rows import checked_ids
 
-BASES = ("randlora_A", "randlora_B", "randlora_scale")
+BASES = ("randlora_A", "randlora_B", "randlora_scale", SCALING)
+IDS = "randlora_ids"  # lent with the bases, in a call with `adapter_ids`
 LOAN = "randlora_bases"  # a layer's attribute, while its root is being called
 STRENGTH = "randlora_strength"  # of an adapter, where it was set: `sites.scale_name` names it
 
@@ -69,10 +72,14 @@ def bases_of(root: nnx.Module) -> Arrays:
 
 
 @contextlib.contextmanager
-def lend_bases(model: nnx.Module) -> Iterator[None]:
+def lend_bases(model: nnx.Module, adapter_ids: Any = None) -> Iterator[None]:
     """Lets copies of a model's parts be called, as `nnx.jit` makes them of its arguments.
 
     The model's own methods do this already, and its parts need nothing where they are no copies.
+
+    Args:
+      model: an injected model.
+      adapter_ids: integers, of the adapters of a table; see `randlora_jax.adapters.table`.
 
     Example:
       >>> from randlora_jax import RandLoraConfig
@@ -84,7 +91,7 @@ def lend_bases(model: nnx.Module) -> Iterator[None]:
       ...   call(model.layers[0], jax.numpy.ones(4)).shape
       (3,)
     """
-    with lent(model):
+    with lent(model, adapter_ids=adapter_ids):
         yield
 
 
@@ -110,15 +117,21 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def lent(root: nnx.Module, *, shared: bool = False) -> Iterator[bool]:
+def lent(
+    root: nnx.Module, *, shared: bool = False, adapter_ids: Any = None
+) -> Iterator[bool]:
     """`lend_bases`; gives whether there is a stack among the layers.
 
     Args:
       root: the model.
       shared: whether the layers get the root's own variables, of which a transform that donates
         them finds one each; others refuse a variable that is in two places.
+      adapter_ids: of the call; those of a call that this one is within are lent on.
     """
     variables = _variables_of(root)
+    if adapter_ids is not None:
+        ids = checked_ids(adapter_ids, bases_of(root))
+        variables[IDS] = RandLoraBasis(ids)
     ours: list[tuple[Any, _Layer, Any]] = []
     try:
         with _lock:
@@ -128,7 +141,7 @@ def lent(root: nnx.Module, *, shared: bool = False) -> Iterator[bool]:
                     layer.before = found
                 layer.users += 1
                 ours.append((module, layer, found))
-                _lend(module, variables, shared)
+                _lend(module, {**_ids_in(found), **variables}, shared)
         yield any(isinstance(vars(module)[LOAN], ClosedOver) for module, *_ in ours)
     finally:
         with _lock:
@@ -149,7 +162,7 @@ def lend_again(root: nnx.Module) -> None:
     with _lock:
         for module in adapted_modules(root).values():
             if LOAN in vars(module):
-                _lend(module, variables, shared=False)
+                _lend(module, {**_ids_in(vars(module)[LOAN]), **variables}, shared=False)
 
 
 def settle(module: Any, root: nnx.Module) -> _Layer:
@@ -191,6 +204,13 @@ def lent_to(module: Any) -> Arrays:
 
 def _variables_of(root: nnx.Module) -> dict[str, nnx.Variable[Any]]:
     return {k: v for k, v in vars(root).items() if k in BASES or k.partition(":")[0] == STRENGTH}
+
+
+def _ids_in(loan: Any) -> dict[str, nnx.Variable[Any]]:
+    """The numbers of adapters in a loan, which a call within the call needs too."""
+    arrays = loan.arrays if isinstance(loan, ClosedOver) else loan or {}
+    found = arrays.get(IDS)
+    return {} if found is None else {IDS: RandLoraBasis(jax.numpy.asarray(found))}
 
 
 def _lend(module: Any, variables: dict[str, nnx.Variable[Any]], shared: bool) -> None:

@@ -20,7 +20,7 @@ from randlora_jax.bases import Bases, num_bases
 from randlora_jax.ops.costs import Strategy, product_flops
 from randlora_jax.ops.division import Told
 from randlora_jax.ops.product_vjp import product
-from randlora_jax.ops.products import accumulation_dtype, factors
+from randlora_jax.ops.products import accumulation_dtype, factor
 from randlora_jax.ops.quantised import grid_and_arrays
 from randlora_jax.ops.spec import Spec
 from randlora_jax.placement import mesh_axes, whole
@@ -82,9 +82,9 @@ def delta_weight(
     V = whole(randlora_B)[:large, : randlora_lambda.shape[-1]].reshape(large, -1)
 
     def one(lam, gamma):
-        scales = lam[None], gamma[None]
-        left, right = factors(A, V, *scales, in_features <= out_features, dtype)
-        return jnp.matmul(left, right, preferred_element_type=dtype)
+        U = factor(A, lam[None], gamma[None], dtype)
+        matrix = jnp.matmul(V.astype(dtype), U, preferred_element_type=dtype)  # (large, small)
+        return matrix.T if in_features <= out_features else matrix
 
     for _ in range(randlora_lambda.ndim - 2):
         one = jax.vmap(one)
@@ -133,13 +133,15 @@ class RandLoraDotGeneral:
 
     Attributes:
       bases: as `draw_bases` gives them.
-      scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling.
+      scales: a (lambda, gamma) pair for each adapter, already multiplied by its scaling; behind the
+        axes of a stack one pair may have those of rows, x's first axes of tokens, too.
       dropouts: for each adapter, None or the `randlora_jax.ops.Dropout` of its input.
       strategy: "auto" takes the way with fewer operations, for forward and backward separately.
       told: how the layer's arrays are divided among devices, where that is known before compiling.
       dot_general: the layer's own, for the frozen product; then the update is computed beside it.
       kernel: a `qwix.QArray`, where the kernel is quantised: the right-hand side, of which it has
         the shape, says no more than its dtype then.
+      name: of the layer, for errors.
     """
 
     bases: Bases
@@ -149,6 +151,7 @@ class RandLoraDotGeneral:
     told: Told | None = None
     dot_general: Callable[..., jax.Array] | None = None
     kernel: Any = None
+    name: str = "the layer"
 
     def __call__(
         self,
@@ -174,6 +177,7 @@ class RandLoraDotGeneral:
             check_fit(self.bases, (math.prod(ins), math.prod(outs)), (lam.shape, gamma.shape))
         options = {"preferred_element_type": preferred_element_type, **options}
         call = lhs, tuple(batch), tuple(contract), rhs.shape, precision
+        self._check_rows(*call[:3])
         if self.dot_general is None:
             return self._product(*call, rhs, **options)
         if self.kernel is not None:
@@ -199,6 +203,7 @@ class RandLoraDotGeneral:
           kernel_shape: (batch..., inputs..., outputs...), each in the order of x's.
           precision, **options: as for `lax.dot_general`.
         """
+        self._check_rows(x, batch, contract)
         return self._product(x, batch, contract, kernel_shape, precision, None, **options)
 
     def is_better_beside(
@@ -209,15 +214,15 @@ class RandLoraDotGeneral:
         kernel_shape: tuple[int, ...],
     ) -> bool:
         """Whether `update` is cheaper than adding dW to the kernel, of which it would be a sum."""
-        if any(self.dropouts):
+        if any(self.dropouts) or self._rows(batch):  # each row would need a kernel of its own
             return True
         sizes = (math.prod(part) for part in _split(kernel_shape, len(batch), len(contract)))
         matrices, ins, outs = sizes
         tokens = math.prod(x.shape) // (matrices * ins)
         m = math.prod(self.scales[0][0].shape[-2:])
-        cost = lambda merge: sum(product_flops(tokens, ins, outs, m, merge, merge))
-        cheaper = not isinstance(tokens, int) or cost(merge=False) < cost(merge=True)
-        return self.strategy == "factored" or (self.strategy == "auto" and cheaper)
+        cost = lambda way: sum(product_flops(tokens, ins, outs, m, way, way))
+        cheaper = not isinstance(tokens, int) or cost("factored") < cost("merged")
+        return self.strategy != "merged" and (self.strategy != "auto" or cheaper)
 
     def _product(
         self, x, batch, contract, kernel_shape, precision, kernel,
@@ -231,7 +236,7 @@ class RandLoraDotGeneral:
             tokens, len(contract), kernel_shape[len(batch) :], kernel is not None, precision,
             preferred_element_type, self.strategy, self._rates,
             _out_axes(out_sharding, len(batch) + tokens), self.told, len(batch),
-            grid, bool(self.scales),
+            grid, bool(self.scales), len(self._rows(batch)),
         )  # fmt: skip
         operands: dict[str, Any] = {"x": x, **arrays}
         if self.scales:
@@ -242,6 +247,20 @@ class RandLoraDotGeneral:
             operands["keep"] = tuple(kept)
         y = product(spec, batch, contract, operands)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+    def _rows(self, batch: Sequence[int]) -> tuple[int, ...]:
+        return self.scales[0][0].shape[len(batch) : -2] if self.scales else ()
+
+    def _check_rows(self, x: jax.Array, batch: Sequence[int], contract: Sequence[int]) -> None:
+        """Raises a ValueError where the rows of scales are not those of x's first axes."""
+        rows = self._rows(batch)
+        first = any(axis < len(rows) for axis in (*batch, *contract))
+        if first or x.shape[: len(rows)] != rows:
+            raise ValueError(
+                f"{self.name}: adapter_ids have the shape {rows}, which is not how its input of "
+                f"{x.shape} begins, tokens alone: give one for each of its first axis, as in a "
+                "batch, for each of its first axes, or one for all"
+            )
 
     @property
     def _rates(self) -> tuple[float, ...]:

@@ -17,8 +17,8 @@ from randlora_jax.ops.partitioning import (
     per_device,
     varying_alike,
 )
+from randlora_jax.ops.passes import pass_of
 from randlora_jax.ops.products import Backward, Forward, KernelGradient
-from randlora_jax.ops.quantised import pass_of
 from randlora_jax.ops.spec import SHARED, Spec
 from randlora_jax.placement import whole
 
@@ -91,8 +91,8 @@ def product(
     of_adapters = functools.partial(jnp.stack, axis=len(batch))
     operands = {**operands, "x": in_order(operands["x"])}
     if spec.updated:
-        scales = zip(*operands.pop("scales"), strict=True)
-        operands["lam"], operands["gamma"] = map(of_adapters, scales)
+        scales, axis = zip(*operands.pop("scales"), strict=True), len(batch) + spec.rows
+        operands["lam"], operands["gamma"] = (jnp.stack(each, axis) for each in scales)
     if "keep" in operands:
         operands["keep"] = of_adapters([in_order(keep) for keep in operands["keep"]])
     operands = varying_alike(operands)

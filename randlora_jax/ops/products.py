@@ -1,7 +1,8 @@
 """The products of `x . (W + dW)` and of its gradients: one device's share.
 
 The update is dW = L @ R with L (in, m) and R (m, out), one of which is U = lambda * A * gamma and
-the other V, B flattened; m = r * n. `spec` says what the operands are.
+the other V, B flattened; m = r * n. `spec` says what the operands are. Each is kept as it comes,
+U (m, small...) and V (large..., m): of a few tokens' product, a transposed copy would be the most.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from randlora_jax.ops.costs import cheapest
+from randlora_jax.ops.costs import Way, cheapest
 from randlora_jax.ops.partitioning import Arrays
 from randlora_jax.ops.spec import Spec
+from randlora_jax.ops.vectors import Vectors
 
-Shape = tuple[int, ...]
 Axes = Sequence[int]
+Factor = tuple[Array, int]  # and which of its axes is that of m
+
+
+class Factors(NamedTuple):
+    """L and R."""
+
+    left: Factor
+    right: Factor
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
@@ -62,19 +71,14 @@ def _(size, batched, value, other):
     return _computed_after(value, other), batched[0]
 
 
-def factors(
-    A: Array, V: Array, lam: Array, gamma: Array, inputs_are_small: bool, dtype: Any
-) -> tuple[Array, Array]:
-    """L (in, m) and R (m, out), of which dW = L @ R: U and V, transposed for in <= out.
+def factor(A: Array, lam: Array, gamma: Array, dtype: Any) -> Array:
+    """U (m, small), of A (r, small), and lambda (a, r, n) and gamma (a, n, small) of a adapters.
 
-    From A (r, small), V (large, m), and the lambda (a, r, n) and gamma (a, n, small) of a adapters,
-    whose updates are summed.
+    Their updates are summed. Row k * n + b belongs to column k * n + b of V.
     """
     outers = (lam[i][:, :, None] * gamma[i][None] for i in range(lam.shape[0]))
     outer = functools.reduce(jnp.add, outers)  # (r, n, small)
-    U = (outer * A[:, None].astype(outer.dtype)).reshape(-1, A.shape[-1])  # row k * n + b
-    U, V = U.astype(dtype), V.astype(dtype)
-    return (U.T, V.T) if inputs_are_small else (V, U)
+    return (outer * A[:, None].astype(outer.dtype)).reshape(-1, A.shape[-1]).astype(dtype)
 
 
 def _scale_gradients(A, lam, gamma, dU):
@@ -97,35 +101,46 @@ class Pass:
         dims = ((tuple(a_axes), tuple(b_axes)), ((), ()))
         return lax.dot_general(a, b, dims, self.spec.precision, dtype)
 
-    def factors(
-        self, x: Array, latest: Array, A: Array, V: Array, lam: Array, gamma: Array
-    ) -> tuple[Array, Array, Shape, Shape, tuple[bool, bool]]:
-        """L (in, m), R (m, out), the shapes in and out have here, and the ways to compute.
+    def ways(self, x: Array, A: Array, V: Array, lam: Array) -> tuple[Way, Way]:
+        """How to compute the forward and the backward pass here, of this device's sizes."""
+        tokens = math.prod(x.shape[: self.spec.token_axes])
+        small, large = math.prod(A.shape[1:]), math.prod(V.shape[:-1])
+        sizes = (small, large) if self.spec.inputs_are_small else (large, small)
+        how = self.spec.strategy, self.spec.plus_kernel, lam.shape[0]
+        return cheapest(tokens, *sizes, lam.shape[1:], *how)
 
-        They are not computed before `latest`, x or dy.
-        """
-        spec = self.spec
-        small, large = A.shape[1:], V.shape[:-1]
-        left, right = factors(
-            A.reshape(A.shape[0], -1),
-            V.reshape(-1, V.shape[-1]),
-            computed_after(lam, latest),
-            gamma.reshape(*gamma.shape[:2], -1),
-            spec.inputs_are_small,
-            x.dtype,
-        )
-        ins, outs = (small, large) if spec.inputs_are_small else (large, small)
-        sizes = math.prod(x.shape[: spec.token_axes]), left.shape[0], right.shape[1]
-        ways = cheapest(*sizes, left.shape[1], spec.strategy, spec.plus_kernel)
-        return left, right, ins, outs, ways
+    def factors(self, latest: Array, A: Array, V: Array, lam: Array, gamma: Array) -> Factors:
+        """L and R, of which one is U, which is not computed before `latest`, x or dy."""
+        flat = gamma.reshape(*gamma.shape[:2], -1)
+        U = factor(A.reshape(A.shape[0], -1), computed_after(lam, latest), flat, latest.dtype)
+        U = U.reshape(-1, *A.shape[1:])
+        V = V.astype(latest.dtype)
+        if self.spec.inputs_are_small:
+            return Factors((U, 0), (V, V.ndim - 1))
+        return Factors((V, V.ndim - 1), (U, 0))
 
-    def merged(self, kernel: Array | None, left: Array, right: Array, shape: Shape) -> Array:
+    def onto(self, x: Array, factor: Factor, dtype: Any) -> Array:
+        """(tokens..., m): x or dy, contracted along all of the factor's axes but that of m."""
+        array, m = factor
+        others = [i for i in range(array.ndim) if i != m]
+        return self.dot(x, array, range(x.ndim - len(others), x.ndim), others, dtype)
+
+    def off(self, thin: Array, factor: Factor, dtype: Any) -> Array:
+        """What is (tokens..., m), on the factor's axes in place of m."""
+        return self.dot(thin, factor[0], (thin.ndim - 1,), (factor[1],), dtype)
+
+    def merged(self, kernel: Array | None, factors: Factors) -> Array:
         """W + L.R, accumulated in float32 and rounded once to the kernel's dtype."""
+        (left, of_left), (right, of_right) = factors
         dtype = accumulation_dtype(left.dtype)
-        delta = self.dot(left, right, (1,), (0,), dtype).reshape(shape)
+        delta = self.dot(left, right, (of_left,), (of_right,), dtype)
         if kernel is None:
             return delta.astype(left.dtype)
         return (kernel.astype(dtype) + delta).astype(kernel.dtype)
+
+    def vectors(self, x: Array, A: Array, V: Array, lam: Array, gamma: Array) -> Vectors:
+        """The update in the form for few tokens."""
+        return Vectors(A, V, lam, gamma, self.spec, accumulation_dtype(x.dtype))
 
 
 class Forward(Pass):
@@ -135,17 +150,16 @@ class Forward(Pass):
         self, x: Array, A: Array, V: Array, lam: Array, gamma: Array, kernel: Array | None = None
     ) -> Arrays:
         """The result, of operands by name."""
-        spec = self.spec
-        left, right, ins, outs, (merge, _) = self.factors(x, x, A, V, lam, gamma)
-        inputs = range(spec.token_axes, x.ndim), range(len(ins))
-        if merge:
-            merged = self.merged(kernel, left, right, (*ins, *outs))
-            return {"y": self.dot(x, merged, *inputs, spec.preferred)}
-        thin = self.dot(x, left.reshape(*ins, -1), *inputs, x.dtype)  # (tokens..., m)
-        y = self.dot(thin, right.reshape(-1, *outs), (thin.ndim - 1,), (0,), spec.preferred)
-        if kernel is not None:
-            y = self.dot(x, kernel, *inputs, spec.preferred) + y
-        return {"y": y}
+        spec, (way, _) = self.spec, self.ways(x, A, V, lam)
+        if way == "merged":
+            merged = self.merged(kernel, self.factors(x, A, V, lam, gamma))
+            return Frozen(spec)(x=x, kernel=merged)
+        if way == "vectors":
+            y = self.vectors(x, A, V, lam, gamma).product(x)
+        else:
+            left, right = self.factors(x, A, V, lam, gamma)
+            y = self.off(self.onto(x, left, x.dtype), right, spec.preferred)
+        return {"y": y if kernel is None else Frozen(spec)(x=x, kernel=kernel)["y"] + y}
 
 
 class Backward(Pass):
@@ -162,28 +176,36 @@ class Backward(Pass):
         kernel: Array | None = None,
     ) -> Arrays:
         """The results, of operands by name."""
-        left, right, ins, outs, (_, merge) = self.factors(x, dy, A, V, lam, gamma)
-        dtype = accumulation_dtype(x.dtype)
-        tokens = range(self.spec.token_axes)
-        outputs = range(len(tokens), dy.ndim), range(len(ins), len(ins) + len(outs))
-        if merge:
-            dx = self.dot(dy, self.merged(kernel, left, right, (*ins, *outs)), *outputs, x.dtype)
-            dW = self.dot(x, dy, tokens, tokens, dtype).reshape(left.shape[0], -1).astype(x.dtype)
-            if self.spec.inputs_are_small:  # U.T is on the left
-                dU = self.dot(right, dW, (1,), (1,), dtype)
-            else:
-                dU = self.dot(left, dW, (0,), (0,), dtype)
+        spec, (_, way) = self.spec, self.ways(x, A, V, lam)
+        if way == "vectors":
+            found = self.vectors(x, A, V, lam, gamma).gradients(x, dy)
         else:
-            left, right = left.reshape(*ins, -1), right.reshape(-1, *outs)
-            thin = self.dot(dy, right, outputs[0], range(1, right.ndim), x.dtype)  # (tokens..., m)
-            dx = self.dot(thin, left, (thin.ndim - 1,), (left.ndim - 1,), x.dtype)
-            if kernel is not None:
-                dx = self.dot(dy, kernel, *outputs, x.dtype) + dx
-            if self.spec.inputs_are_small:
+            found = self._through_factors(way, x, dy, A, V, lam, gamma, kernel)
+        if kernel is not None and way != "merged":
+            frozen = Frozen(spec)(x=x, kernel=kernel, dy=dy)
+            found["dx"] = frozen["dx"] + found["dx"]
+        return found
+
+    def _through_factors(self, way, x, dy, A, V, lam, gamma, kernel) -> Arrays:
+        spec, dtype = self.spec, accumulation_dtype(x.dtype)
+        factors = self.factors(dy, A, V, lam, gamma)
+        left, right = factors
+        tokens = range(spec.token_axes)
+        if way == "merged":
+            dx = Frozen(spec)(x=x, kernel=self.merged(kernel, factors), dy=dy)["dx"]
+            dW = self.dot(x, dy, tokens, tokens, dtype).astype(x.dtype)
+            ins = x.ndim - spec.token_axes
+            V, m = right if spec.inputs_are_small else left
+            met = range(ins, dW.ndim) if spec.inputs_are_small else range(ins)
+            others = [i for i in range(V.ndim) if i != m]
+            dU = self.dot(V, dW, others, met, dtype)
+        else:
+            thin = self.onto(dy, right, x.dtype)
+            dx = self.off(thin, left, x.dtype)
+            if spec.inputs_are_small:
                 dU = self.dot(thin, x, tokens, tokens, dtype)
             else:
-                hidden = self.dot(x, left, range(len(tokens), x.ndim), range(len(ins)), x.dtype)
-                dU = self.dot(hidden, dy, tokens, tokens, dtype)
+                dU = self.dot(self.onto(x, left, x.dtype), dy, tokens, tokens, dtype)
         flat = gamma.reshape(*gamma.shape[:2], -1)
         dU = dU.reshape(dU.shape[0], -1)
         d_lam, d_gamma = _scale_gradients(A.reshape(A.shape[0], -1), lam, flat, dU)
@@ -201,45 +223,6 @@ class Frozen(Pass):
             outputs = range(tokens, dy.ndim), range(ins, kernel.ndim)
             return {"dx": self.dot(dy, kernel, *outputs, x.dtype)}
         return {"y": self.dot(x, kernel, range(tokens, x.ndim), range(ins), self.spec.preferred)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropped(Pass):
-    """A pass in which each adapter's input is what its dropout keeps of x; the kernel's is x."""
-
-    of: type[Forward] | type[Backward]
-
-    def __call__(
-        self,
-        x: Array,
-        keep: Array,
-        lam: Array,
-        gamma: Array,
-        kernel: Array | None = None,
-        **others: Array,
-    ) -> Arrays:
-        """The results, of operands by name."""
-        spec = self.spec
-        alone = self.of(dataclasses.replace(spec, plus_kernel=False, rates=()))
-        found: dict[str, list[Array]] = {}
-        if kernel is not None:
-            frozen = Frozen(spec)(x=x, kernel=kernel, dy=others.get("dy"))
-            found = {name: [value] for name, value in frozen.items()}
-        for i, rate in enumerate(spec.rates):
-            left = functools.partial(_kept, keep=keep[i], rate=rate)
-            part = alone(x=left(x), lam=lam[i : i + 1], gamma=gamma[i : i + 1], **others)
-            for name, value in part.items():
-                found.setdefault(name, []).append(left(value) if name == "dx" else value)
-        scales = ("d_lam", "d_gamma")
-        return {
-            name: jnp.concatenate(each) if name in scales else functools.reduce(jnp.add, each)
-            for name, each in found.items()
-        }
-
-
-def _kept(x: Array, keep: Array, rate: float) -> Array:
-    """What the dropout of one adapter leaves of x, or of its gradient."""
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)) if rate < 1 else x * keep
 
 
 class KernelGradient(Pass):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax.ops.partitioning import Arrays
-from randlora_jax.ops.products import Backward, Dropped, Forward, Frozen, computed_after
-from randlora_jax.ops.spec import Grid, Spec
+from randlora_jax.ops.products import computed_after
+from randlora_jax.ops.spec import Grid
 from randlora_jax.placement import automatic
 from randlora_jax.quantised import dequantised, floats, is_quantised, levels_of
 
@@ -67,13 +67,3 @@ def rounded_floats(kernel: Any) -> Any:
         return kernel
     rounded = lambda kernel: computed_after(floats(kernel), kernel.scale)
     return automatic(rounded, kernel.qvalue)(kernel)
-
-
-def pass_of(kind: type[Forward] | type[Backward], spec: Spec) -> Callable[..., Arrays]:
-    """The pass of a kind, with what the call has of dropout, updates and codes."""
-    run: Callable[..., Arrays] = kind(spec)
-    if spec.rates:
-        run = Dropped(spec, kind)
-    elif not spec.updated:
-        run = Frozen(spec)
-    return Dequantised(run, spec.grid) if spec.grid else run

@@ -9,8 +9,10 @@
 | dy | (tokens..., out...) | in the backward pass |
 | A | (r, small...) | the part of `randlora_A` that the layer reads |
 | V | (large..., m) | the same of `randlora_B`, its columns basis-major |
-| lam | (a, r, n) | of a adapters, whose updates are summed |
-| gamma | (a, n, small...) | |
+| lam | (rows..., a, r, n) | of a adapters, whose updates are summed |
+| gamma | (rows..., a, n, small...) | |
+
+The rows, mostly none, are the first axes of tokens, where each row has scales of its own.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Spec:
     stacked: int = 0  # leading axes that operands and results have, but for A and V
     grid: Grid | None = None  # of a quantised kernel
     updated: bool = True  # else it is x . W alone
+    rows: int = 0  # leading axes of tokens along which the scales differ
 
     @property
     def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -96,6 +99,7 @@ class Spec:
         """How the arrays of a forward or backward pass are divided among devices."""
         tokens, ins, outs = self._factors
         small, large = (ins, outs) if self.inputs_are_small else (outs, ins)
+        rows, summed = tokens[: self.rows], tokens[self.rows :]
         operands = {
             "kernel": Part(ins + outs),
             **(dict(self.grid.parts(ins + outs, self.kernel_shape)) if self.grid else {}),
@@ -104,14 +108,14 @@ class Spec:
             "dy": Part(tokens + outs),
             "A": Part(("r", *small), group="a", whole=True),
             "V": Part((*large, "m"), group="v", whole=not (self.told and self.told.bases)),
-            "lam": Part(("a", "r", "n")),
-            "gamma": Part(("a", "n", *small), group="s"),
+            "lam": Part((*rows, "a", "r", "n")),
+            "gamma": Part((*rows, "a", "n", *small), group="s"),
         }
         results = {
             "y": Part(tokens + outs, sums=ins),
             "dx": Part(tokens + ins, sums=outs),
-            "d_lam": Part(("a", "r", "n"), sums=tokens + ins + outs),
-            "d_gamma": Part(("a", "n", *small), sums=tokens + large, group="s"),
+            "d_lam": Part((*rows, "a", "r", "n"), sums=summed + ins + outs),
+            "d_gamma": Part((*rows, "a", "n", *small), sums=summed + large, group="s"),
         }
         absent = {"y"} if backward else {"dy", "dx", "d_lam", "d_gamma"}
         absent |= set() if self.plus_kernel else {"kernel"}
