@@ -20,6 +20,12 @@ def normalized(text):
 
 def pairs():
     """(train, held_out): lists of (question, answer); no question is in both."""
+    parts = by_topic().values()
+    return tuple([pair for part in parts for pair in part[which]] for which in (0, 1))
+
+
+def by_topic():
+    """{topic: (train, held_out)}, of which `pairs` are all."""
     for package in ("yaml", "chatterbot_corpus"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"the package {package} is missing: {INSTALL}")
@@ -29,10 +35,11 @@ def pairs():
     files = sorted((root / "data" / "english").glob("*.yml"))
     if not files:
         raise FileNotFoundError(f"no dialogues under {root}/data/english: {INSTALL}")
-    train, held_out, seen = [], [], set()
+    topics, seen = {}, set()
     for file in files:
         if file.name in LEFT_OUT_FILES:
             continue
+        train, held_out = topics[file.stem] = [], []
         for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             question, answer = (" ".join(str(turn).split()) for turn in turns[:2])
             key = (normalized(question), normalized(answer))
@@ -43,7 +50,7 @@ def pairs():
             seen.add(key)
             share = int(hashlib.sha256(key[0].encode()).hexdigest()[:8], 16) / 2**32
             (held_out if share < HELD_OUT else train).append((question, answer))
-    return train, held_out
+    return topics
 
 
 def encode(pairs, tokenizer, seq_len):

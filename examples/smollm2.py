@@ -35,7 +35,7 @@ class LlamaConfig:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, T, H, D) by cos, sin (1, T, 1, D/2), in float32."""
+    """Rotary position embedding of x (B, T, H, D) by cos, sin (B, T, 1, D/2), in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -76,10 +76,12 @@ class Attention(Layer):
         v = self.dense(c.kv_heads * c.head_size, "v_proj")(x).reshape(b, t, c.kv_heads, -1)
         q, k, key_positions = rotate(q, *rope), rotate(k, *rope), positions
         if cache is not None:
-            start = (0, positions[0], 0, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k, start)
-            v = jax.lax.dynamic_update_slice(cache[1], v, start)
-            key_positions = jnp.arange(k.shape[1], dtype=positions.dtype)
+            put = lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0)
+            k, v = (
+                jax.vmap(put)(old, new, positions[:, 0])
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            key_positions = jnp.arange(k.shape[1], dtype=positions.dtype)[None]
             cache = (k, v)
 
         q = q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_size)
@@ -92,8 +94,8 @@ class Attention(Layer):
             scores = jnp.einsum(
                 "btkgd,bskd->bkgts", q[:, rows], k[:, seen], preferred_element_type=jnp.float32
             )
-            visible = positions[rows, None] >= key_positions[None, seen]
-            scores = jnp.where(visible[None, None, None], scores * c.head_size**-0.5, -1e30)
+            visible = positions[:, rows, None] >= key_positions[:, None, seen]
+            scores = jnp.where(visible[:, None, None], scores * c.head_size**-0.5, -1e30)
             weights = nn.softmax(scores, axis=-1).astype(self.dtype)
             out.append(jnp.einsum("bkgts,bskd->btkgd", weights, v[:, seen]))
         out = jnp.concatenate(out, axis=1).reshape(b, t, -1)
@@ -128,20 +130,20 @@ class Llama(Layer):
     ``model(tokens)``: int32 (B, T) -> float32 logits (B, T, vocab), causal; pad on the right.
     ``model(tokens, cache_length=S)``: the same, and starts a cache -> (logits, cache).
     ``model(tokens, positions, cache)``: goes on from a cache -> (logits, cache); positions,
-    int32 (T,), are consecutive. A cache is a pair of (layers, B, S, K, D).
+    int32 (B, T), are consecutive in each row. A cache is a pair of (layers, B, S, K, D).
     """
 
     @nn.compact
     def __call__(self, tokens, positions=None, cache=None, cache_length=None):
         c, (b, t) = self.config, tokens.shape
         if positions is None:
-            positions = jnp.arange(t, dtype=jnp.int32)
+            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
         if cache_length is not None:
             shape = (c.layers, b, cache_length, c.kv_heads, c.head_size)
             cache = (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
         exponents = jnp.arange(0, c.head_size, 2, dtype=jnp.float32) / c.head_size
-        angles = positions.astype(jnp.float32)[:, None] * (c.rope_theta**-exponents)[None, :]
-        rope = (jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :])
+        angles = positions.astype(jnp.float32)[..., None] * (c.rope_theta**-exponents)[None, None]
+        rope = (jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None])
 
         embed = self.part(nn.Embed, c.vocab_size, c.hidden_size, name="embed_tokens")
         layers = nn.scan(
@@ -159,40 +161,53 @@ class Llama(Layer):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
-def _decode(apply_fn, variables, tokens, length, limit, eos, size):
-    """Greedy decoding of tokens (1, P), of which `length` count, up to index `limit`.
+def _decode(apply_fn, variables, tokens, lengths, limits, eos, size, options):
+    """Greedy decoding of tokens (B, P), of which `lengths` (B,) count, up to index `limits` (B,).
 
-    Returns the ids (size,): the prompt, what follows it, and eos from there on.
+    Returns the ids (B, size): the prompts, what follows them, and eos from there on.
     """
-    logits, cache = apply_fn(variables, tokens, cache_length=size)
-    ids = jnp.full((size,), eos).at[: tokens.shape[1]].set(tokens[0])
+    rows = jnp.arange(tokens.shape[0])
+    logits, cache = apply_fn(variables, tokens, cache_length=size, **options)
+    ids = jnp.full((tokens.shape[0], size), eos).at[:, : tokens.shape[1]].set(tokens)
 
-    def unfinished(state):
-        return (state[0] < limit) & (state[1][state[0]] != eos)
+    def unfinished(last, ids):
+        return (last < limits) & (ids[rows, last] != eos)
 
     def step(state):
         # What padding left in the cache lies ahead of `last`: it is overwritten before it is seen.
         last, ids, cache = state
-        logits, cache = apply_fn(variables, ids[last][None, None], last[None], cache)
-        return last + 1, ids.at[last + 1].set(jnp.argmax(logits[0, 0]).astype(jnp.int32)), cache
+        going, newest = unfinished(last, ids), ids[rows, last][:, None]
+        logits, cache = apply_fn(variables, newest, last[:, None], cache, **options)
+        chosen = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
+        at = last + going
+        return at, ids.at[rows, at].set(jnp.where(going, chosen, ids[rows, at])), cache
 
-    ids = ids.at[length].set(jnp.argmax(logits[0, length - 1]).astype(jnp.int32))
-    return jax.lax.while_loop(unfinished, step, (length, ids, cache))[1]
+    ids = ids.at[rows, lengths].set(jnp.argmax(logits[rows, lengths - 1], -1).astype(jnp.int32))
+    going = lambda state: jnp.any(unfinished(*state[:2]))
+    return jax.lax.while_loop(going, step, (lengths, ids, cache))[1]
+
+
+def generate_all(apply_fn, variables, prompts, max_new_tokens, eos, **options):
+    """Greedy continuations of lists of ids, in one batch: lists of new ids, without eos.
+
+    apply_fn is `model.apply`, or that of a wrapper around the model, whose keywords the options
+    are. Lengths are rounded up, so that prompts of about the same length share one compilation.
+    """
+    if not prompts or not all(prompts) or max_new_tokens < 1:
+        raise ValueError("generate needs at least one prompt token and max_new_tokens >= 1")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    padded = -(-int(lengths.max()) // 64) * 64
+    tokens = np.full((len(prompts), padded), eos, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    ends = lengths + np.int32(max_new_tokens)
+    size = padded + -(-max_new_tokens // 64) * 64
+    numbers = lengths, ends - 1, np.int32(eos)
+    ids = np.asarray(_decode(apply_fn, variables, tokens, *numbers, size, options))
+    new = [row[length:end].tolist() for row, length, end in zip(ids, lengths, ends, strict=True)]
+    return [list(itertools.takewhile(lambda i: i != eos, row)) for row in new]
 
 
 def generate(apply_fn, variables, prompt_tokens, max_new_tokens, eos):
-    """Greedy continuation of a list of ids: the list of new ids, without eos.
-
-    apply_fn is `model.apply`, or that of a wrapper around the model. Lengths are rounded up,
-    so that prompts of about the same length share one compilation.
-    """
-    if not prompt_tokens or max_new_tokens < 1:
-        raise ValueError("generate needs at least one prompt token and max_new_tokens >= 1")
-    length, padded = len(prompt_tokens), -(-len(prompt_tokens) // 64) * 64
-    tokens = np.full((1, padded), eos, np.int32)
-    tokens[0, :length] = prompt_tokens
-    end = length + max_new_tokens
-    numbers = (np.int32(number) for number in (length, end - 1, eos))
-    size = padded + -(-max_new_tokens // 64) * 64
-    ids = _decode(apply_fn, variables, tokens, *numbers, size)
-    return list(itertools.takewhile(lambda i: i != eos, np.asarray(ids)[length:end].tolist()))
+    """`generate_all` of one prompt."""
+    return generate_all(apply_fn, variables, [prompt_tokens], max_new_tokens, eos)[0]

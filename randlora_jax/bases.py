@@ -14,7 +14,9 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.placement import has_values, placed_like, whole
 
 Bases = dict[str, jax.Array]
-SCALING = "randlora_scaling"  # of a table of adapters, (capacity,): beside the bases, as they frozen
+SCALING = (
+    "randlora_scaling"  # of a table of adapters, (capacity,): beside the bases, as they frozen
+)
 
 # Of the draw below: a checkpoint without bases names it, and another one would not restore.
 GENERATOR = "threefry2x32/uniform23/v1"

@@ -108,7 +108,8 @@ def of_one_slot(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]
       ValueError: naming the layer, where nothing fits.
     """
     bases = {k: array for k, array in variables["randlora_bases"].items() if k != SCALING}
-    capacity, leaves = slots_of(variables), {}
+    capacity = slots_of(variables)
+    leaves: dict[trees.Path, Any] = {}
     for path, pair in scale_pairs(variables["randlora"]):
         arrays = [trees.unboxed(leaf) for leaf in pair]
         for axis in range(arrays[0].ndim - 2):

@@ -76,7 +76,7 @@ def prepare(
         check_fit(bases, kernel.features, [s.shape for s in scales])
     except ValueError as error:
         raise ValueError(f"{target or '(root)'!r}: {error}") from None
-    scaling, rows = config.scaling, ()
+    scaling, rows = config.scaling, tuple[int, ...]()
     if ids is not None:
         scales = scales_of_rows(scales, bases[SCALING], ids, len(kernel.stacked))
         scaling, rows = 1.0, ids.shape

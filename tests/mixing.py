@@ -74,5 +74,5 @@ def alone(model, name):
     return model.clone(active=() if name == "__base__" else (name,)).apply
 
 
-def tokens(rows=len(NAMES), length=3):
+def tokens(rows=5, length=3):
     return normal(3, rows, length, D)

@@ -42,7 +42,9 @@ def test_each_row_is_that_of_its_adapter_and_the_base_s_rows_have_its_bits(base)
     plain = jax.jit(base.apply)({"params": variables["params"]}, x)
     np.testing.assert_array_equal(y[1], plain[1])
     # One for all, and one for each token.
-    close(apply(mixed, x, adapter_ids=table.ids("math")), jax.jit(alone(model, "math"))(variables, x))
+    close(
+        apply(mixed, x, adapter_ids=table.ids("math")), jax.jit(alone(model, "math"))(variables, x)
+    )
     each = jnp.broadcast_to(table.ids(NAMES)[:, None], x.shape[:2])
     close(apply(mixed, x, adapter_ids=each), y)
 
@@ -60,7 +62,11 @@ def test_rows_of_any_shape_and_their_gradients(shape, strategy):
     n, rows = -(-min(ins, outs) // r), 3
     A, B = normal(0, r, 1, min(ins, outs)), normal(1, max(ins, outs), n, r)
     lam, gamma = 0.3 * normal(2, rows, r, n), 0.3 * normal(3, rows, n, min(ins, outs))
-    x, kernel, dy = normal(4, rows, length, ins), normal(5, ins, outs), normal(6, rows, length, outs)
+    x, kernel, dy = (
+        normal(4, rows, length, ins),
+        normal(5, ins, outs),
+        normal(6, rows, length, outs),
+    )
     bases = {"randlora_A": A, "randlora_B": B}
 
     def ours(lam, gamma, x):
@@ -71,12 +77,16 @@ def test_rows_of_any_shape_and_their_gradients(shape, strategy):
         kernels = kernel[None] + delta_weight(A, B, lam, gamma, ins, outs, 1.0)
         return jnp.einsum("ati,aio->ato", x, kernels)
 
-    found = (jax.jit(functools.partial(with_gradients, f, dy))(lam, gamma, x) for f in (ours, merged))
+    found = (
+        jax.jit(functools.partial(with_gradients, f, dy))(lam, gamma, x) for f in (ours, merged)
+    )
     for one, other in zip(*found, strict=True):
         close(one, other)
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(1, 3))
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(1, 3)
+)
 @settings(max_examples=12, deadline=None)
 def test_vectors_and_factors_are_one_function(ins, outs, r, tokens, adapters):
     n, low = -(-min(ins, outs) // r), min(ins, outs)
@@ -127,7 +137,9 @@ def test_an_entry_that_is_no_number_reaches_no_other_row():
     mixed, table = rl.adapters.table(variables, CONFIGS, capacity=3)
     apply = jax.jit(RandLora(base, table.config).apply)
     expected = apply(mixed, x, adapter_ids=table.ids(NAMES))
-    spoiled = jax.tree.map(lambda a: a.at[table.entries["chat"].slot].set(jnp.nan), mixed["randlora"])
+    spoiled = jax.tree.map(
+        lambda a: a.at[table.entries["chat"].slot].set(jnp.nan), mixed["randlora"]
+    )
     y = apply({**mixed, "randlora": spoiled}, x, adapter_ids=table.ids(NAMES))
     assert np.isnan(y[3]).all()
     others = np.array([0, 1, 2, 4])
@@ -252,4 +264,6 @@ def test_a_stack_inside_a_layer_takes_rows_where_they_are_tokens():
     apply = RandLora(experts, table.config).apply
     with pytest.raises(ValueError, match=r"\(3,\).*\(3, 4, 6\)"):
         apply(mixed, dispatched, adapter_ids=table.ids(["chat"] * 3))
-    close(apply(mixed, dispatched, adapter_ids=table.ids("chat")), model.apply(variables, dispatched))
+    close(
+        apply(mixed, dispatched, adapter_ids=table.ids("chat")), model.apply(variables, dispatched)
+    )

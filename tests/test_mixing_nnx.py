@@ -123,7 +123,7 @@ def test_one_step_trains_every_row_s_adapter():
         one = lambda model, rows=rows: (model(x[rows]) * probe[rows]).sum()
         expected = nnx.to_pure_dict(nnx.grad(one, argnums=alone)(by_name))
         actual, _ = rl.adapters.select(grads, table, name)
-        leaves = {path[:-1] + (path[-1].partition(":")[0],): leaf
+        leaves = {(*path[:-1], path[-1].partition(":")[0]): leaf
                   for path, leaf in rl.trees.items(expected)}  # fmt: skip
         for path, leaf in rl.trees.items(actual["randlora"]):
             close(leaf, leaves[path], 1e-5)

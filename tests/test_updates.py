@@ -9,8 +9,8 @@ from randlora_jax import RandLoraConfig
 from randlora_jax.linen import RandLora
 from randlora_jax.nnx import inject, merge, update, variables
 from tests.linen_cases import normal, randomised
-from tests.linen_models import ScanLayer
 from tests.linen_methods import LINEN, Attends, Codec, D, Model
+from tests.linen_models import ScanLayer
 from tests.nnx_methods import NNX, NnxModel
 
 X = normal(0, 2, D)

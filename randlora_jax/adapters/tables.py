@@ -1,4 +1,4 @@
-"""A table of adapters: as many slots as it has, whose scales are stacked, for batches that mix them.
+"""A table of adapters, whose scales are stacked in a number of slots, for batches that mix them.
 
 Entries come and go in arrays whose shapes stay, so nothing that was compiled is compiled again.
 """
@@ -129,13 +129,14 @@ def table(
              for name in configs}  # fmt: skip
     sites = {site.path: _whole(site) for own in found.values() for site in own.values()}
     first = next(iter(configs.values()))
-    paths = [trees.dotted(site.module) for site in sites.values()]
+    paths = dict.fromkeys(trees.dotted(site.module) for site in sites.values())
+    exactly = "|".join(map(re.escape, paths)) if all(paths) else "all-linear"
     config = first.replace(
-        target_modules="|".join(map(re.escape, dict.fromkeys(paths))) if all(paths) else "all-linear",
+        target_modules=exactly,
         exclude_modules=None, layers_to_transform=None, layers_pattern=None,
         randlora_dropout=randlora_dropout,
     )  # fmt: skip
-    leaves = {}
+    leaves: dict[trees.Path, Any] = {}
     for name, own in found.items():
         for site in own.values():
             pair = site.scales(named.scales_of(variables, name))
@@ -203,9 +204,7 @@ def delete(variables: trees.Tree, table: Table, name: str) -> tuple[dict[str, An
     return _with(variables, leaves, entry.slot, 0.0), dataclasses.replace(table, entries=left)
 
 
-def select(
-    variables: trees.Tree, table: Table, name: str
-) -> tuple[dict[str, Any], RandLoraConfig]:
+def select(variables: trees.Tree, table: Table, name: str) -> tuple[dict[str, Any], RandLoraConfig]:
     """`rl.adapters.select`, of a table."""
     entry, leaves = _entry(table, name), {}
     for site in table.sites:
@@ -218,9 +217,7 @@ def select(
     return {**variables, "randlora": trees.build(leaves), "randlora_bases": bases}, entry.config
 
 
-def with_strength(
-    variables: trees.Tree, table: Table, strength: float | Mapping[str, Any]
-) -> dict[str, Any]:
+def with_strength(variables: trees.Tree, table: Table, strength: Any) -> dict[str, Any]:
     """`rl.adapters.with_strength`, of a table."""
     configs = {name: entry.config for name, entry in table.entries.items()}
     bases = dict(variables["randlora_bases"])

@@ -69,9 +69,7 @@ def insert(
 
 
 @overload
-def delete(
-    variables: trees.Tree, config: Table, name: str
-) -> tuple[dict[str, Any], Table]: ...
+def delete(variables: trees.Tree, config: Table, name: str) -> tuple[dict[str, Any], Table]: ...
 @overload
 def delete(
     variables: trees.Tree, config: Mapping[str, RandLoraConfig], name: str

@@ -117,9 +117,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def lent(
-    root: nnx.Module, *, shared: bool = False, adapter_ids: Any = None
-) -> Iterator[bool]:
+def lent(root: nnx.Module, *, shared: bool = False, adapter_ids: Any = None) -> Iterator[bool]:
     """`lend_bases`; gives whether there is a stack among the layers.
 
     Args:

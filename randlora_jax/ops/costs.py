@@ -34,7 +34,7 @@ def cheapest(
       rank: r and n.
       adapters: whose updates are summed.
     """
-    if strategy not in ("auto", "unmerged"):
+    if strategy != "auto" and strategy != "unmerged":
         return strategy, strategy
     if not isinstance(tokens, int):
         return "factored", "factored"
@@ -42,10 +42,13 @@ def cheapest(
     few: Way = "vectors" if vectors_pay(tokens, r, n, adapters) else "factored"
     if strategy == "unmerged":
         return few, few
+
+    def flops(ways: tuple[Way, Way]) -> int:
+        return sum(product_flops(tokens, in_features, out_features, r * n, *ways, plus_kernel))
+
     ways: tuple[Way, Way] = ("merged", few)
-    sizes = tokens, in_features, out_features, r * n
-    flops = lambda pair: sum(product_flops(*sizes, *pair, plus_kernel))
-    return min(((f, b) for f in ways for b in ways), key=flops)
+    pairs: list[tuple[Way, Way]] = [(f, b) for f in ways for b in ways]
+    return min(pairs, key=flops)
 
 
 def vectors_pay(tokens: int, r: int, n: int, adapters: int = 1) -> bool:

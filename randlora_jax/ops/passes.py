@@ -1,4 +1,4 @@
-"""A call's forward and backward pass: what it has of codes, dropout, rows and updates, in layers."""
+"""A call's forward and backward pass, from what it has of codes, dropout, rows and updates."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ class EachRow(Beside):
         spec = self.spec
         strategy = "unmerged" if spec.strategy == "auto" else spec.strategy
         row = dataclasses.replace(
-            spec, plus_kernel=False, strategy=strategy, rows=0, token_axes=spec.token_axes - spec.rows
+            spec,
+            plus_kernel=False,
+            strategy=strategy,
+            rows=0,
+            token_axes=spec.token_axes - spec.rows,
         )
         run = lambda named: self.of(row)(A=A, V=V, **named)
         for _ in range(spec.rows):
@@ -87,7 +91,9 @@ class Dropped(Beside):
                 found.setdefault(name, []).append(left(value) if name == "dx" else value)
         scales = ("d_lam", "d_gamma")
         return {
-            name: jnp.concatenate(each, spec.rows) if name in scales else functools.reduce(jnp.add, each)
+            name: jnp.concatenate(each, spec.rows)
+            if name in scales
+            else functools.reduce(jnp.add, each)
             for name, each in found.items()
         }
 
@@ -95,5 +101,3 @@ class Dropped(Beside):
 def _kept(x: Array, keep: Array, rate: float) -> Array:
     """What the dropout of one adapter leaves of x, or of its gradient."""
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)) if rate < 1 else x * keep
-
-

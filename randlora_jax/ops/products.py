@@ -106,8 +106,8 @@ class Pass:
         tokens = math.prod(x.shape[: self.spec.token_axes])
         small, large = math.prod(A.shape[1:]), math.prod(V.shape[:-1])
         sizes = (small, large) if self.spec.inputs_are_small else (large, small)
-        how = self.spec.strategy, self.spec.plus_kernel, lam.shape[0]
-        return cheapest(tokens, *sizes, lam.shape[1:], *how)
+        count, r, n = lam.shape
+        return cheapest(tokens, *sizes, (r, n), self.spec.strategy, self.spec.plus_kernel, count)
 
     def factors(self, latest: Array, A: Array, V: Array, lam: Array, gamma: Array) -> Factors:
         """L and R, of which one is U, which is not computed before `latest`, x or dy."""

@@ -69,7 +69,7 @@ def scales_of_rows(
 
 
 def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
-    options = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
+    options: dict[str, Any] = {"mode": "fill", "fill_value": 0, "wrap_negative_indices": False}
     sharding = jax.typeof(ids).sharding
     kinds = (*(sharding.mesh.axis_types or ()), *(jax.typeof(table).sharding.mesh.axis_types or ()))
     if AxisType.Explicit in kinds:

@@ -102,7 +102,9 @@ class Vectors:
         """(t, small): the transpose of `_onto`, summed over adapters."""
         gamma, A = self._flat(self.gamma, 2, hidden.dtype), self._flat(self.A, 1, hidden.dtype)
         if self._by_A:
-            return jnp.sum(self._sum("takb,abj->tkj", hidden, gamma) * A[None].astype(self.dtype), 1)
+            return jnp.sum(
+                self._sum("takb,abj->tkj", hidden, gamma) * A[None].astype(self.dtype), 1
+            )
         met = self._sum("takb,kj->tabj", hidden, A)
         return jnp.sum(met * gamma[None].astype(self.dtype), (1, 2))
 
