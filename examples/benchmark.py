@@ -3,6 +3,8 @@
     python examples/benchmark.py                          # tables and a plot of step time
     python examples/benchmark.py --layers 2 --repeats 1 --tokens 1x64
 
+Behind them comes what `rows.py` prints: decoding with an adapter for each row.
+
 Step times are those of SmolLM2-135M (its first `--layers` layers) with all seven projections. Each
 round runs every method once, so that a ratio compares runs of the same minute.
 """
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rows
 import smollm2
 from flax import linen as nn
 
@@ -43,6 +46,7 @@ def parse(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are counted")
     parser.add_argument("--tokens", nargs="+", default=["1x64", "8x256", "4x1024"],
                         metavar="BATCHxLENGTH")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", default=["1", "8", "32", "128"], help="for rows.py")
     parser.add_argument(
         "--output-dir", type=pathlib.Path, default=pathlib.Path("outputs/benchmark")
     )
@@ -51,7 +55,7 @@ def parse(argv=None):
 
 def flops_table(rank=32):
     """Operations of value-and-grad over scales and input of one Dense, beside the two formulas."""
-    rows = []
+    found = []
     for tokens in (32, 256, 1024, 4096, 16384):
         for ins, outs in ((512, 512), (512, 2048), (2048, 512), (2048, 2048)):
             x = jax.ShapeDtypeStruct((tokens, ins), jnp.float32)
@@ -78,9 +82,9 @@ def flops_table(rank=32):
                 "factored": sum(product_flops(tokens, ins, outs, m, "factored", "factored")),
             }
             best = min(ways, key=ways.get)
-            rows.append((f"{tokens}", f"{ins} x {outs}", best, f"{ours / ways[best]:.3f}",
+            found.append((f"{tokens}", f"{ins} x {outs}", best, f"{ours / ways[best]:.3f}",
                          f"{ours / full:.2f}", f"{ours / base:.2f}"))  # fmt: skip
-    return rows
+    return found
 
 
 @dataclasses.dataclass
@@ -282,6 +286,8 @@ def main(argv=None):
     plot(results, args.output_dir / "step_time.png")
     console.print(f"jax {jax.__version__}, {jax.default_backend()}, {os.cpu_count()} cores; "
                   f"plot: {args.output_dir / 'step_time.png'}")  # fmt: skip
+    of_rows = ("--rows", *args.rows, "--repeats", str(args.repeats))
+    rows.main([*of_rows, "--output-dir", str(args.output_dir)])
 
 
 if __name__ == "__main__":

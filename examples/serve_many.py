@@ -33,11 +33,11 @@ BASE = "__base__"
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topics", type=int, default=6, help="adapters, one for each topic")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=2, help="of each topic in a training batch")
-    parser.add_argument("--seq-len", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=1, help="of each topic in a training batch")
+    parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64, help="rank of a basis; more is smaller")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="of each timing")
     parser.add_argument("--layers", type=int, default=30, help="the first of the model's")
@@ -56,7 +56,11 @@ def train(args, llama, params, tokenizer, topics, folder):
     variables, table = rl.adapters.table(adapted, configs, capacity=len(topics))
     model = RandLora(llama, table.config)
     trainable, frozen = rl.split(variables, table.config)
-    tx = optax.adamw(args.learning_rate, weight_decay=0.0)  # no clipping across adapters
+    warmup = max(1, args.steps // 8)
+    rate = optax.warmup_cosine_decay_schedule(
+        0, args.learning_rate, warmup, max(args.steps, warmup + 1), args.learning_rate / 10
+    )
+    tx = optax.adam(rate)  # no clipping by a norm across adapters
     ids = table.ids([topic for topic in topics for _ in range(args.rows)])
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -74,6 +74,9 @@ def check_config(config: Any, *, several: bool = False) -> None:
             f"config names several adapters, {sorted(config)}: take one of them first, by "
             "rl.adapters.select(variables, config, name)"
         )
+    if isinstance(getattr(config, "config", None), RandLoraConfig):
+        kind = type(config).__name__
+        raise TypeError(f"config must be a RandLoraConfig, got a {kind}: give its .config")
     raise TypeError(f"config must be a RandLoraConfig, got {_mix_up(config)}")
 
 

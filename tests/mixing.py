@@ -7,7 +7,7 @@ import numpy as np
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
-from tests.linen_cases import normal
+from tests.linen_cases import normal, quick_jit
 
 R, D = 5, 12
 CONFIG = rl.RandLoraConfig(r=R, randlora_alpha=2.0, target_modules="all-linear")
@@ -61,17 +61,23 @@ def small(scales, seed):
     return jax.tree.map(draw, scales)
 
 
-def named(base, x, configs=CONFIGS, dtype=jnp.float32):
+def named(base, x, configs=CONFIGS):
     """(model of adapters by name, its variables), trained apart."""
-    model = RandLora(base, configs, bases_dtype=dtype)
-    variables = model.init(jax.random.key(0), x)
+    model = RandLora(base, configs)
+    variables = quick_jit(model.init)(jax.random.key(0), x)
     scales = {n: small(variables["randlora"][n], i) for i, n in enumerate(configs)}
     return model, {**variables, "randlora": scales}
 
 
 def alone(model, name):
     """The function of variables and x that has one adapter, or none."""
-    return model.clone(active=() if name == "__base__" else (name,)).apply
+    return quick_jit(model.clone(active=() if name == "__base__" else (name,)).apply)
+
+
+def expected(model, variables, x, names=NAMES):
+    """What rows of x are, each of its adapter: of each adapter alone."""
+    whole = {name: alone(model, name)(variables, x) for name in dict.fromkeys(names)}
+    return jnp.stack([whole[name][row] for row, name in enumerate(names)])
 
 
 def tokens(rows=5, length=3):

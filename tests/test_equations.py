@@ -52,7 +52,7 @@ def test_an_equation_is_a_dot_general_and_a_transpose(product):
 
 
 @given(products(), st.sampled_from(["auto", "merged", "factored"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=9, deadline=None)
 def test_layers_of_every_equation_apply_as_they_merge(product, strategy):
     equation, x_shape, kernel_shape, axes = product
     x, base = normal(0, *x_shape), PlainEinsum(kernel_shape)
@@ -71,7 +71,7 @@ def test_layers_of_every_equation_apply_as_they_merge(product, strategy):
 
 
 @given(products(), st.sampled_from(["auto", "merged", "factored"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_the_same_in_nnx(product, strategy):
     equation, x_shape, kernel_shape, _ = product
     x = normal(0, *x_shape)

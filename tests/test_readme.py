@@ -94,7 +94,7 @@ def test_every_block_of_code_runs(tmp_path):
         _, of_nnx = names(tmp_path)
         run(heading, code, {**linen, "nnx": nnx, **of_nnx} if is_of_nnx(code) else linen)
         ran.append(heading)
-    others = ["## Recipes"] * 5 + ["## On many devices"] * 5
+    others = ["## Recipes"] * 6 + ["## On many devices"] * 5
     assert ran == ["## Use it in your own script"] * 2 + others
     assert (linen["folder"] / "steps" / "1" / "adapter").is_dir()
     assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()

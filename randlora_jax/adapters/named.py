@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from randlora_jax import trees
-from randlora_jax.bases import joined
+from randlora_jax.bases import SCALING, joined
 from randlora_jax.checks import check_config, check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.sites import LAMBDA
@@ -182,6 +182,8 @@ def scales_of(variables: trees.Tree, name: str) -> trees.Tree:
       ValueError: if there is none of that name.
     """
     scales = variables["randlora"]
+    if name and name not in scales and SCALING in variables.get("randlora_bases", {}):
+        raise ValueError(f"'randlora' is a table, not one tree for {name!r}: give table.config")
     if name and name not in scales:
         raise ValueError(
             f"config names an adapter {name!r}, and 'randlora' holds {sorted(scales)}: of one "

@@ -58,8 +58,9 @@ class RandLora(nn.Module):
         share is a stack: each expert has scales of its own, however the model uses them.
       deterministic: switches the adapter's dropout off, where the call does not say so. As for
         `nn.Dropout`, one of the two must, if `randlora_dropout` is not 0.
-      strategy: "auto" picks the way with fewer operations for the number of tokens at hand;
-        "merged" and "factored" force one.
+      strategy: "auto" picks the way with fewer operations, and then bytes, for the number of tokens
+        at hand, forward and backward apart; "merged", "factored" and "vectors" force one, and
+        "unmerged" the better of the last two.
       bases_dtype: of the bases that `adapt` and `init` draw; bfloat16 halves them, in memory and
         in checkpoints. Ternary bases are int8 whatever it says.
       layout: what `with_layout` notes.
@@ -120,7 +121,14 @@ class RandLora(nn.Module):
         mutable: CollectionFilter = False,
         **options: Any,
     ) -> Any:
-        """`nn.Module.apply` of the base; `method` is one of the base's: a name or a function."""
+        """`nn.Module.apply` of the base; `method` is one of the base's: a name or a function.
+
+        Where the variables hold a table of adapters (`rl.adapters.table`), `adapter_ids=` says
+        which of them each row of the batch has: integers of shape (), (batch,), or of as many first
+        axes of the inputs as you like, -1 for none. Every adapted layer takes them for the first
+        axes of its own input, so that must begin as the batch does; else an error names it. Numbers
+        that are no entry's are errors, or the base's rows where they are traced.
+        """
         call = unbound(self.base, method)
         names = ("rngs", "capture_intermediates")
         outer = {k: options.pop(k) for k in names if k in options}

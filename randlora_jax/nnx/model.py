@@ -99,7 +99,8 @@ def inject(
         of one at a dot, with the axes that are inputs, as in {"mlp.gating_einsum": (1,)}; or with
         an equation "x, kernel -> y", {"moe.gate": "ecd,edf->ecf"}, of which an axis that all three
         share is a stack: each expert has scales of its own, however the model uses them.
-      strategy: "auto" picks the way with fewer operations; "merged" and "factored" force one.
+      strategy: "auto" picks the way with fewer operations, and then bytes; "merged", "factored" and
+        "vectors" force one.
       rngs: where `randlora_dropout` draws from, its stream "dropout". `model.eval()` and
         `model.train()` switch the dropout as they do `nnx.Dropout`.
       bases_dtype: of the bases that are drawn; bfloat16 halves them. Ternary bases are int8.
@@ -107,7 +108,8 @@ def inject(
         that the model is on; with this given, a gamma is divided along all other axes like the
         side of the kernel that it scales, as by `randlora_jax.sharding`.
       values: scales and bases to begin with, as `variables` or `randlora_jax.load_adapter` give
-        them; parameters too, where they trained.
+        them; parameters too, where they trained. With those of `randlora_jax.adapters.table` the
+        model's methods take `adapter_ids=`, one number for each row, as Linen's `apply` does.
 
     Returns:
       The model itself.

@@ -36,9 +36,10 @@ def checked_ids(ids: Any, bases: Bases | None) -> jax.Array | None:
         )
     if ids is None:
         return None
-    ids, capacity = jnp.asarray(ids), bases[SCALING].shape[0]
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"adapter_ids must be integers, as table.ids(names) gives, not {ids.dtype}")
+    ids, capacity = jnp.asarray(ids), bases[SCALING].shape[0]
     if has_values(ids) and ids.is_fully_addressable:
         beyond = sorted({int(i) for i in np.asarray(ids).ravel() if not -1 <= i < capacity})
         if beyond:
