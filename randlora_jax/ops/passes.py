@@ -46,7 +46,9 @@ class Beside(Pass):
 class EachRow(Beside):
     """A pass in which each row of tokens has scales of its own: that of one row, mapped."""
 
-    def __call__(self, x: Array, A: Array, V: Array, kernel: Array | None = None, **others: Array):
+    def __call__(
+        self, x: Array, A: Array, V: Array, kernel: Array | None = None, **others: Array
+    ) -> Arrays:
         """The results, of operands by name."""
         spec = self.spec
         strategy = "unmerged" if spec.strategy == "auto" else spec.strategy

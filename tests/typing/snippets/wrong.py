@@ -79,7 +79,7 @@ def files(variables: Mapping[str, Any], config: rl.RandLoraConfig, path: pathlib
 def several(variables: Mapping[str, Any], config: rl.RandLoraConfig) -> None:
     rl.adapters.select(variables, {"chat": config})  # wrong: name
     rl.adapters.select(variables, {"chat": 3}, "chat")  # wrong: int
-    rl.adapters.insert(variables, {"chat": config}, "code", variables)  # wrong: added_config
+    rl.adapters.insert(variables, {"chat": config}, "code", variables)  # wrong: insert
     _ = rl.adapters.inserted  # wrong: inserted
 
 
