@@ -179,7 +179,7 @@ def _decode(apply_fn, variables, tokens, lengths, limits, eos, size, options):
         going, newest = unfinished(last, ids), ids[rows, last][:, None]
         logits, cache = apply_fn(variables, newest, last[:, None], cache, **options)
         chosen = jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
-        at = last + going
+        at = last + going.astype(last.dtype)
         return at, ids.at[rows, at].set(jnp.where(going, chosen, ids[rows, at])), cache
 
     ids = ids.at[rows, lengths].set(jnp.argmax(logits[rows, lengths - 1], -1).astype(jnp.int32))

@@ -69,21 +69,24 @@ def test_the_capital_of_france_is_paris(llama, end):
     assert tokenizer.decode(new).startswith(" Paris")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_cached_generation_is_uncached_argmax(llama, end, prompt):
+def test_cached_generation_of_several_prompts_is_uncached_argmax_of_each(llama, end):
     model, variables, tokenizer = llama
-    apply = jax.jit(model.apply)
-    prompt, count = tokenizer.encode(prompt).ids, 12
-    tokens, length, expected = np.full((1, 128), end, np.int32), len(prompt), []
-    tokens[0, :length] = prompt
-    while len(expected) < count:
-        best = int(jnp.argmax(apply(variables, tokens)[0, length + len(expected) - 1]))
-        if best == end:
-            break
-        tokens[0, length + len(expected)] = best
-        expected.append(best)
-    assert expected
-    assert smollm2.generate(model.apply, variables, prompt, count, end) == expected
+    apply, count, expected = jax.jit(model.apply), 12, []
+    prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    for prompt in prompts:
+        tokens, length, new = np.full((1, 128), end, np.int32), len(prompt), []
+        tokens[0, :length] = prompt
+        while len(new) < count:
+            best = int(jnp.argmax(apply(variables, tokens)[0, length + len(new) - 1]))
+            if best == end:
+                break
+            tokens[0, length + len(new)] = best
+            new.append(best)
+        assert new
+        expected.append(new)
+    assert len({*map(len, prompts)}) > 1
+    assert smollm2.generate_all(model.apply, variables, prompts, count, end) == expected
+    assert smollm2.generate(model.apply, variables, prompts[0], count, end) == expected[0]
 
 
 def test_tokens_are_those_of_transformers(llama):
