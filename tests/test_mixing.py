@@ -144,9 +144,8 @@ def test_an_entry_that_is_no_number_reaches_no_other_row():
     np.testing.assert_array_equal(y[others], before[others])
 
 
-@pytest.mark.parametrize("base", [Plain(), Scanned()], ids=["compact", "scan + remat"])
-def test_one_step_trains_every_row_s_adapter_as_one_at_a_time(base):
-    x, names = tokens(4), ["chat", "math", "chat", "code"]
+def test_one_step_trains_every_row_s_adapter_as_one_at_a_time():
+    base, x, names = Scanned(), tokens(4), ["chat", "math", "chat", "code"]
     model, variables = named(base, x)
     mixed, table = rl.adapters.table(variables, CONFIGS, capacity=5)
     apply, probe = RandLora(base, table.config).apply, normal(8, *x.shape)
@@ -209,9 +208,8 @@ def test_other_dtypes(how):
 D_OUT = 9
 
 
-@pytest.mark.parametrize("qtype", ["int8", "nf4"])
-def test_a_quantised_base(qtype):
-    x = tokens()
+def test_a_quantised_base():
+    x, qtype = tokens(), "nf4"
     model, variables = named(Plain(), x)
     params = quantize(Plain(), {"params": variables["params"]}, x, qtype=qtype)["params"]
     mixed, table = rl.adapters.table({**variables, "params": params}, CONFIGS, capacity=3)

@@ -85,8 +85,11 @@ def check(found):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * scale, err_msg=str(path))
 
 
-@pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("how", ["by the compiler", "by the user", "by types"])
+HOW = [(how, p) for how in ("by the compiler", "by types") for p in ("whole", "table divided")]
+HOW += [("by the user", p) for p in PLACES]
+
+
+@pytest.mark.parametrize("how, places", HOW)
 def test_a_step_is_the_same_however_batch_and_table_are_divided(how, places):
     kind = AxisType.Explicit if how == "by types" else AxisType.Auto
     kernels = TENSOR if how == "by types" else DIVIDED

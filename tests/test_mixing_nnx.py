@@ -19,12 +19,12 @@ CONFIGS = {
 
 class Layer(nnx.Module):
     def __init__(self, rngs):
-        self.attn = nnx.MultiHeadAttention(2, D, decode=False, rngs=rngs)
+        self.gate = nnx.LinearGeneral(D, (3, 4), rngs=rngs)
         self.up = nnx.Linear(D, 17, rngs=rngs)
         self.down = nnx.Linear(17, D, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.attn(nnx.tanh(x))
+        x = x + self.gate(nnx.tanh(x)).reshape(x.shape)
         return nnx.tanh(x + self.feed(x))
 
     def feed(self, x):

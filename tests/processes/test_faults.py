@@ -18,7 +18,7 @@ from tests.processes import training, victims
 from tests.processes.disks import small_disk
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = 30
+KILLS = 20
 # Forks of one process that has imported everything: a kill a second, not one in five.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes.victims"])
@@ -40,7 +40,7 @@ def environment(tmp_path_factory):
         yield
 
 
-def test_a_run_killed_thirty_times_while_it_saves_ends_as_one_that_was_never_killed(tmp_path):
+def test_a_run_killed_twenty_times_while_it_saves_ends_as_one_that_was_never_killed(tmp_path):
     rng, seen = random.Random(0), []
     for _ in range(KILLS):
         ready, child = started(tmp_path, 10_000)
