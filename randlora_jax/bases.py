@@ -22,6 +22,11 @@ SCALING = (
 GENERATOR = "threefry2x32/uniform23/v1"
 
 
+def without_table(bases: Mapping[str, Any]) -> dict[str, Any]:
+    """The bases alone, without what a table of adapters has beside them."""
+    return {key: array for key, array in bases.items() if key != SCALING}
+
+
 def num_bases(min_dim: int, r: int) -> int:
     """Number of bases that give a layer whose smaller side is `min_dim` full rank."""
     return -(-min_dim // r)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from randlora_jax import trees
-from randlora_jax.bases import SCALING, check_rank
+from randlora_jax.bases import SCALING, check_rank, without_table
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.equations import KernelAxes
 from randlora_jax.ops.dot_general import check_fit
@@ -107,7 +107,7 @@ def of_one_slot(variables: trees.Tree, config: RandLoraConfig) -> dict[str, Any]
     Raises:
       ValueError: naming the layer, where nothing fits.
     """
-    bases = {k: array for k, array in variables["randlora_bases"].items() if k != SCALING}
+    bases = without_table(variables["randlora_bases"])
     capacity = slots_of(variables)
     leaves: dict[trees.Path, Any] = {}
     for path, pair in scale_pairs(variables["randlora"]):

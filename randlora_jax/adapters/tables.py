@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from randlora_jax import trees
 from randlora_jax.adapters import named
-from randlora_jax.bases import SCALING, joined
+from randlora_jax.bases import SCALING, joined, without_table
 from randlora_jax.checks import check_variables
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.placement import beside, placed_like
@@ -169,10 +169,9 @@ def insert(
             f"the table's capacity={table.capacity} slots are taken, by {sorted(configs)}: delete "
             "one, or make a larger table"
         )
-    bases = variables["randlora_bases"]
-    given = {key: array for key, array in added["randlora_bases"].items() if key != SCALING}
+    ours, given = (without_table(v["randlora_bases"]) for v in (variables, added))
     try:
-        joined(config, {key: array for key, array in bases.items() if key != SCALING}, given)
+        joined(config, ours, given)
     except ValueError as error:
         raise ValueError(f"{name!r} can't be in the table: {error}") from None
     slot = min(set(range(table.capacity)) - taken)
@@ -213,7 +212,7 @@ def select(variables: trees.Tree, table: Table, name: str) -> tuple[dict[str, An
             one = site.stack.over(lambda whole: whole[entry.slot])(trees.unboxed(leaf))
             part = part_of_stack(entry.config, site.module, site.stored_shape).adapted_part(one)
             leaves[(*site.path, scale)] = _boxed(leaf, part, site, table=False)
-    bases = {key: array for key, array in variables["randlora_bases"].items() if key != SCALING}
+    bases = without_table(variables["randlora_bases"])
     return {**variables, "randlora": trees.build(leaves), "randlora_bases": bases}, entry.config
 
 
@@ -244,7 +243,7 @@ def _check_trains_alone(configs: Mapping[str, RandLoraConfig]) -> None:
 def _sites(
     variables: trees.Tree, scales: trees.Tree, config: RandLoraConfig
 ) -> dict[trees.Path, Site]:
-    bases = {key: array for key, array in variables["randlora_bases"].items() if key != SCALING}
+    bases = without_table(variables["randlora_bases"])
     given = {"params": variables["params"], "randlora": scales, "randlora_bases": bases}
     return {site.path: site for site in sites_of(given, config, guess=True)}
 
