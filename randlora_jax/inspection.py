@@ -17,6 +17,7 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import files, torch_bases
 from randlora_jax.peft.exporting import dense_bases
 from randlora_jax.peft.importing import compact_bases
+from randlora_jax.peft.tensors import BASES
 from randlora_jax.stored import scale_pairs
 
 PEFT, OURS = "PEFT", "randlora_jax"
@@ -71,9 +72,9 @@ def _open_ours(folder: epath.Path) -> AdapterFolder:
 def drawn_by(config: RandLoraConfig, bases: dict[str, Any]) -> str | None:
     """Which generator draws exactly these bases from the config's seed; None if none does."""
     bases = dense_bases(bases)
-    A, B = (bases[name] for name in files.BASES)
+    A, B = (bases[name] for name in BASES)
     sizes = B.shape[0], A.shape[2]
-    same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in files.BASES)
+    same = lambda drawn: all(np.array_equal(drawn[name], bases[name]) for name in BASES)
     if same(dense_bases(bases_lib.draw(config, *sizes))):
         return f"jax, {bases_lib.GENERATOR}"
     drawn = torch_bases.draw(config, *sizes)

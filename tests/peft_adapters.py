@@ -45,9 +45,9 @@ def golden_base(name="adapter_projection"):
     )
 
 
-def golden_copy(tmp_path):
-    """A copy of adapter_projection to damage."""
-    shutil.copytree(GOLDEN / "adapter_projection", tmp_path / "adapter")
+def golden_copy(tmp_path, name="adapter_projection"):
+    """A copy of a golden adapter to change."""
+    shutil.copytree(GOLDEN / name, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

@@ -78,9 +78,14 @@ def test_convert_goes_there_and_back(run, name, tmp_path):
     assert code == 0
     assert "an adapter of randlora_jax" in printed
     assert run("verify", tmp_path / "ours")[0] == 0
-    code, printed, _ = run("convert", tmp_path / "ours", tmp_path / "theirs")
+    code, printed, _ = run("convert", tmp_path / "ours", tmp_path / "small")
+    assert code == 0
+    assert "of it the bases" in printed
+    code, printed, _ = run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "copies")
     assert code == 0
     assert "copies of the bases" in printed
+    small, theirs = (load_file(tmp_path / f / WEIGHTS) for f in ("small", "theirs"))
+    assert len(theirs) > len(small) and all((theirs[k] == v).all() for k, v in small.items())
     assert (tmp_path / "theirs" / WEIGHTS).read_bytes() == (GOLDEN / name / WEIGHTS).read_bytes()
     theirs, golden = (
         json.loads((f / CONFIG).read_text()) for f in (tmp_path / "theirs", GOLDEN / name)
@@ -121,6 +126,23 @@ def test_convert_knows_the_names_of_a_llama(run, tmp_path):
     assert "--names has no module of PEFT's" in complaint
 
 
+def test_convert_takes_a_file_of_names(run, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text('{"lin1": "up", "": "block"}')
+    source = GOLDEN / "adapter_projection"
+    assert run("convert", source, tmp_path / "ours", "--names", names)[0] == 0
+    printed = run("inspect", tmp_path / "ours")[1]
+    assert all(f"\n{name} " in printed for name in ("block.lin0", "up", "block.lin2"))
+    assert run("convert", tmp_path / "ours", tmp_path / "back", "--names", names)[0] == 0
+    assert peft.module_names(tmp_path / "back") == peft.module_names(source)
+    for text in ("no json", "[1]", '{"a": ["b", 1]}', None):
+        names.unlink() if text is None else names.write_text(text)
+        code, _, complaint = run("convert", source, tmp_path / "new", "--names", names)
+        assert code == 2
+        assert f"--names {names}" in complaint
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [("adapter_seed", "it has no bases"), ("adapter_bias", "need the base")],
@@ -144,8 +166,8 @@ def test_bases_that_no_seed_draws_are_told(run, tmp_path):
 
 def test_a_seed_of_torch_s_can_not_be_verified(run):
     code, printed, _ = run("verify", GOLDEN / "adapter_seed")
-    assert code == 1
-    assert "no bases to compare" in printed
+    assert code == 3
+    assert "intact, and it has no bases to compare" in printed
 
 
 def test_damage_is_exit_code_1(run, ours, tmp_path):
@@ -172,7 +194,17 @@ def test_wrong_usage_is_exit_code_2(run, tmp_path):
     assert code == 2
     assert "overwrite" in complaint
     assert run("convert", GOLDEN / "adapter_sparse", tmp_path / "a", "--overwrite")[0] == 0
-    for arguments in ((), ("repair", "a"), ("convert", "a")):
+    for file in (WEIGHTS, CONFIG):
+        code, _, complaint = run("verify", GOLDEN / "adapter_sparse" / file)
+        assert code == 2
+        assert f"is a file: give its folder, '{GOLDEN / 'adapter_sparse'}'" in complaint
+    assert run("verify", GOLDEN / "adapter_sparse", "--adapter", "a/b")[0] == 2
+    for arguments in (
+        (),
+        ("repair", "a"),
+        ("convert", "a"),
+        ("convert", "a", "b", "--layout", "x"),
+    ):
         with pytest.raises(SystemExit) as error:
             run(*arguments)
         assert error.value.code == 2

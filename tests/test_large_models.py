@@ -75,3 +75,14 @@ def test_an_adapter_of_llama_3_2_3b_is_small(tmp_path, keep, megabytes):
     for name, array in variables["randlora_bases"].items():
         assert loaded["randlora_bases"][name].dtype == jnp.bfloat16
         assert bool((loaded["randlora_bases"][name] == array).all())
+
+
+def test_an_export_of_llama_3_2_3b_for_peft_is_small_too(tmp_path):
+    """With PEFT's copies it is 2.21 GB; `layout="copies"` would write as much."""
+    config = rl.RandLoraConfig(target_modules=["q_proj", "v_proj"])
+    _, variables = shapes(LLAMA_3_2_3B, config)
+    zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+    variables |= {name: zeros(variables[name]) for name in ("randlora", "randlora_bases")}
+    size = rl.peft.save_adapter(tmp_path, variables, config, rl.peft.llama_name_map)
+    scales_and_bases = 37_158_912 + 38_141_952
+    assert scales_and_bases < size < scales_and_bases + 20_000

@@ -31,11 +31,21 @@ def folder(tmp_path):
 
 
 class TestSaving:
-    def test_the_bases_are_in_every_layer_and_the_size_is_told(self, tmp_path):
+    @pytest.mark.parametrize("options, pairs", [({}, 1), ({"layout": "copies"}, 4)])
+    def test_the_bases_are_there_once_or_in_every_layer_too(self, tmp_path, options, pairs):
         variables, config = load(GOLDEN / "adapter_projection")
-        size = peft.save_adapter(tmp_path, variables, config)
+        size = peft.save_adapter(tmp_path, variables, config, **options)
         assert size == (tmp_path / WEIGHTS).stat().st_size
-        assert sum(k.endswith("randlora_B") for k in load_file(tmp_path / WEIGHTS)) == 4
+        tensors = load_file(tmp_path / WEIGHTS)
+        assert sum(k.endswith("randlora_B") for k in tensors) == pairs
+        assert {"base_model.randlora_A", "base_model.randlora_B"} <= set(tensors)
+        assert same_trees(load(tmp_path)[0], variables)
+
+    def test_another_layout_is_refused_before_any_work(self, tmp_path):
+        variables, config = load(GOLDEN / "adapter_projection")
+        with pytest.raises(ValueError, match=r"layout='layers' must be one of \['shared'"):
+            peft.save_adapter(tmp_path / "a", variables, config, layout="layers")
+        assert not (tmp_path / "a").exists()
 
     def test_what_is_there_is_kept_unless_told(self, folder):
         before = (folder / WEIGHTS).read_bytes()

@@ -39,7 +39,7 @@ def read_config(path: epath.Path) -> RandLoraConfig:
     if values.get("sparse") and values.get("very_sparse"):
         ignored["sparse"] = False
     if ignored:
-        warnings.warn(f"{path}: PEFT takes no notice of {sorted(ignored)} here", stacklevel=4)
+        warnings.warn(f"{path}: PEFT takes no notice of {sorted(ignored)} here", stacklevel=7)
     try:
         return RandLoraConfig.from_dict(values | ignored)
     except (TypeError, ValueError) as error:
@@ -125,7 +125,7 @@ def in_flax(
         f"by the names here target_modules={config.target_modules!r} would mean other modules: the "
         f"config returned has target_modules={here.target_modules!r} and layers_to_transform="
         f"{here.layers_to_transform!r}",
-        stacklevel=6,
+        stacklevel=5,
     )
     return here
 

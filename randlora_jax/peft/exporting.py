@@ -11,8 +11,9 @@ from randlora_jax import targets, trees
 from randlora_jax.bases import resized
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import config_json
-from randlora_jax.peft.files import BASES, Adapter
+from randlora_jax.peft.base_weights import tell_of_shared_embeddings
 from randlora_jax.peft.names import NameOf, Names, inverse, kernel_at, leaf_of, to_torch
+from randlora_jax.peft.tensors import BASES, Adapter
 from randlora_jax.sites import Stack, parse_label
 from randlora_jax.stacks import part_of_stack
 from randlora_jax.stored import scale_pairs
@@ -64,7 +65,7 @@ def to_peft(
             lam, gamma = (_as_float(array[i] if axes else array) for array in arrays)
             scales[name] = lam, gamma
         adapted[module] = layers
-    others = _others(variables, config, name_of, adapted)
+    others = _others(variables, config, name_of, adapted, shapes)
     config = config_json.in_torch(config, scales, others, shapes, name_of)
     bases = variables["randlora_bases"]
     if shared_dims is not None:
@@ -98,10 +99,11 @@ def _name(
     return name
 
 
-def _others(variables, config, name_of, adapted):
+def _others(variables, config, name_of, adapted, shapes):
     """Biases and modules_to_save by (module, torch's name)."""
     found = {}
     trained = dict(trees.items(split(variables, config)[0].get("params", {})))
+    tell_of_shared_embeddings(trained, shapes)
     for path, leaf in trained.items():
         value, module = np.asarray(trees.unboxed(leaf)), path[:-1]
         whole = targets.is_saved_whole(config, trees.dotted(module))

@@ -13,6 +13,7 @@ from randlora_jax.peft import files
 from randlora_jax.peft.exporting import to_peft
 from randlora_jax.peft.importing import onto_base
 from randlora_jax.peft.names import Names
+from randlora_jax.peft.tensors import Layout, check_layout
 from randlora_jax.stored import possible_features, sites_of
 
 
@@ -36,7 +37,10 @@ def load_adapter(
     Returns:
       (variables, config), the variables as `adapt` returns them. Exactly ternary bases are int8
       signs with their sizes, as `draw_bases` has them. The config is the file's, except where the
-      package's docstring says.
+      package's docstring says. Weights of the base that PEFT stores beside an adapter (of an
+      adapted `lm_head`, or for `save_embedding_layers=True`) are passed over where they equal those
+      of the base here; others take their place, and are in `modules_to_save` then. Both are told in
+      a warning.
 
     Raises:
       FileNotFoundError: if there is no adapter.
@@ -57,12 +61,10 @@ def save_adapter(
     name_map: Names = None,
     *,
     adapter_name: str = "default",
+    layout: Layout = "shared",
     overwrite: bool = False,
 ) -> int:
     """Saves an adapter for PEFT's `PeftModel.from_pretrained`; one there is kept if this fails.
-
-    PEFT's loader wants the bases beside every layer, or warns that they are missing. So they are
-    written as often, as PEFT itself does it, and are nearly all of the file.
 
     Args:
       directory: the folder; its sub-folder `adapter_name`, if that is not "default".
@@ -72,6 +74,12 @@ def save_adapter(
       name_map: as for `load_adapter`, but it is needed in the other direction: of a function,
         give the mapping `{name: function(name) for name in names}`, with the torch model's
         `named_modules()` or `module_names(folder)` for names.
+      layout: "shared" writes one pair of bases, at the level of the model, as PEFT will from the
+        release after 0.21.2 on. PEFT 0.16 to 0.21.2 load it to the same outputs, and warn that the
+        layers have none. "copies" writes a pair beside every layer too, as those releases do: they
+        are nearly all of the file then. transformers' own loader (`model.load_adapter`, or
+        `AutoModel.from_pretrained` of the folder) finds bases there alone, and draws others if
+        there are none.
       overwrite: replace an adapter of PEFT's.
 
     Returns:
@@ -79,7 +87,7 @@ def save_adapter(
 
     Raises:
       FileExistsError: if there is something in the folder that would be lost.
-      ValueError: if a module has no name, or the scales don't fit the base.
+      ValueError: if a module has no name, the scales don't fit the base, or `layout` is neither.
 
     Example:
       >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp
@@ -96,14 +104,16 @@ def save_adapter(
     """
     check_variables(variables, "params", "randlora", "randlora_bases")
     check_config(config)
+    check_layout(layout)
     folder = files.folder_of(directory, adapter_name)
     sites = sites_of(variables, config, guess=True)
     stacks = {site.path: site.stack for site in sites}
     sizes = shared_dims(possible_features(variables, config))
-    return files.write(folder, to_peft(variables, config, name_map, stacks, sizes), overwrite)
+    adapter = to_peft(variables, config, name_map, stacks, sizes)
+    return files.write(folder, adapter, layout, overwrite)
 
 
 def module_names(directory: str | os.PathLike[str], adapter_name: str = "default") -> list[str]:
     """PEFT's names of the modules that an adapter of its has something for."""
     _, adapter = files.read_adapter(directory, adapter_name)
-    return sorted({*adapter.scales, *(module for module, _ in adapter.others)})
+    return sorted({*adapter.scales, *(module for module, _ in adapter.others | adapter.of_base)})

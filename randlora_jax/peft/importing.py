@@ -6,20 +6,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from randlora_jax import bases as bases_lib
-from randlora_jax import targets, trees
+from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import config_json, torch_bases
-from randlora_jax.peft.files import Adapter
-from randlora_jax.peft.names import Names, Shapes, from_torch, kernel_at, leaf_at, place_of
+from randlora_jax.peft.base_weights import to_jax, with_weights
+from randlora_jax.peft.names import Names, Shapes, kernel_at, place_of
+from randlora_jax.peft.tensors import Adapter
 from randlora_jax.sites import SCALES, Stack
 from randlora_jax.stored import sites_of
-from randlora_jax.training import FROZEN, labels
 
 
 def onto_base(
@@ -30,8 +29,9 @@ def onto_base(
     added, config, stacks = from_peft(adapter, name_map, shapes)
     loaded = {**variables, **added}
     sites_of(loaded, config, guess=True)
-    if adapter.others or config.bias != "none" or config.modules_to_save:
-        loaded, config = _with_others(adapter, loaded, config, stacks, shapes, name_map)
+    weights = adapter.others or adapter.of_base
+    if weights or config.bias != "none" or config.modules_to_save:
+        return with_weights(adapter, loaded, config, stacks, name_map)
     return loaded, config
 
 
@@ -57,8 +57,8 @@ def from_peft(
             )
         bases = _redrawn(config, scales, shapes)
     config = config.replace(save_projection=True)
-    arrays = {path: _to_jax(array) for path, array in scales.items()}
-    pair = {name: _to_jax(array) for name, array in compact_bases(bases, config).items()}
+    arrays = {path: to_jax(array) for path, array in scales.items()}
+    pair = {name: to_jax(array) for name, array in compact_bases(bases, config).items()}
     return {"randlora": trees.build(arrays), "randlora_bases": pair}, config, stacks
 
 
@@ -139,70 +139,3 @@ def compact_bases(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[
             return bases
         sizes.append(size)
     return signs | {"randlora_scale": np.array(sizes, np.float32)}
-
-
-def _to_jax(array: np.ndarray) -> jax.Array:
-    if array.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError("it has float64 numbers: set jax_enable_x64 to read them as they are")
-    return jnp.asarray(array)
-
-
-def _with_others(
-    adapter: Adapter,
-    loaded: trees.Tree,
-    config: RandLoraConfig,
-    stacks: Mapping[trees.Path, Stack],
-    shapes: Shapes,
-    name_map: Names,
-) -> tuple[dict[str, Any], RandLoraConfig]:
-    """Puts biases and `modules_to_save` in the base's place."""
-    params = dict(trees.items(loaded["params"]))
-    new: dict[trees.Path, np.ndarray] = {}
-    given: dict[trees.Path, set[int | None]] = {}
-    saved = set()
-    for (module, leaf), value in adapter.others.items():
-        path, index = place_of(name_map, module)
-        at, kernel = kernel_at(path, shapes)
-        path = kernel[:-1]
-        if leaf == "weight" and at != path:
-            raise ValueError(
-                f"it has {module + '.weight'!r}, which has no place in {trees.dotted(at)!r}: only "
-                "kernels that are called so and have their inputs first can be in modules_to_save"
-            )
-        where = leaf_at(path, leaf, shapes)
-        if where not in shapes or (index is not None and index >= shapes[where][0]):
-            raise ValueError(
-                f"it has {module + '.' + leaf!r}, but the base no {trees.dotted(where)!r}"
-            )
-        shape = shapes[where] if index is None else shapes[where][1:]
-        value = from_torch(value, where, shape, config.fan_in_fan_out)
-        old = trees.unboxed(params[where])
-        dtype = np.promote_types(old.dtype, value.dtype)  # so that neither is rounded
-        if index is None:
-            new[where] = value.astype(dtype)
-        else:
-            if where not in new:
-                new[where] = np.array(old).astype(dtype)
-            new[where][index] = value
-        given.setdefault(where, set()).add(index)
-        if targets.is_saved_whole(adapter.config, module):
-            saved.add(trees.dotted(path))
-    if not all(targets.is_saved_whole(config, name) for name in saved):
-        config = config.replace(modules_to_save=sorted(saved))
-    for path, label in trees.items(labels(loaded, config)["params"]):
-        stack = stacks.get(path[:-1])
-        trained: set[int | None] = {None}
-        if path in given and None not in given[path]:
-            of_layers = label == "bias" and config.bias == "randlora_only" and stack is not None
-            layers = stack.layers if stack is not None and of_layers else None
-            trained = set(layers or range(shapes[path][0]))
-        if label != FROZEN and given.get(path) != trained:
-            raise ValueError(
-                f"it lacks all or part of {trees.dotted(path)!r}, which its config trains"
-            )
-    for path, value in new.items():
-        array = _to_jax(value)
-        sharding = getattr(trees.unboxed(params[path]), "sharding", None)
-        array = array if sharding is None else jax.device_put(array, sharding)
-        params[path] = nn.meta.replace_boxed(params[path], array)
-    return {**loaded, "params": trees.build(params)}, config

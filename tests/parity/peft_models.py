@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers.pytorch_utils import Conv1D
 
+NO_COPIES = "Found missing adapter keys while loading the checkpoint"
 MODES = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
 
 
@@ -55,11 +56,15 @@ def adapted(base, **options):
     return model
 
 
-def load_in_peft(base, folder, **options):
-    """What PEFT makes of an adapter, where none of its warnings may appear."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return peft.PeftModel.from_pretrained(base, folder, **options)
+def load_in_peft(base, folder, says=(), **options):
+    """What PEFT makes of an adapter, with the warnings told and no other."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(base, folder, **options)
+    texts = [str(warning.message) for warning in told if warning.category is UserWarning]
+    assert len(texts) == len(says), texts
+    assert all(text.startswith(start) for text, start in zip(texts, says, strict=True)), texts
+    return model
 
 
 def assert_same_files(one, other, ignored=()):

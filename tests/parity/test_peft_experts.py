@@ -10,7 +10,7 @@ from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
 from tests.expert_models import EXPERTS, D, F, Raw
 from tests.linen_cases import normal
-from tests.parity.peft_models import adapted, assert_close, load_in_peft
+from tests.parity.peft_models import NO_COPIES, adapted, assert_close, load_in_peft
 from tests.peft_adapters import same_trees
 
 X = normal(0, EXPERTS, 5, D)
@@ -62,5 +62,5 @@ def test_experts_go_there_and_back(tmp_path):
     assert same_trees(again, variables)
     torch.manual_seed(0)
     with torch.no_grad():
-        loaded = load_in_peft(TorchExperts(), tmp_path / "ours")
+        loaded = load_in_peft(TorchExperts(), tmp_path / "ours", (NO_COPIES,))
         assert torch.equal(loaded(torch.from_numpy(np.array(X))), expected)

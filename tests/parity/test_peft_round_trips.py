@@ -11,6 +11,7 @@ from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
 from tests.parity.peft_models import (
     MLP,
+    NO_COPIES,
     TorchMLP,
     adapted,
     assert_close,
@@ -44,12 +45,14 @@ def test_peft_to_jax_to_peft_changes_no_bit_and_no_output(options, tmp_path):
     variables, config = rl_peft.load_adapter(tmp_path / "theirs", {"params": params})
     assert_close(RandLora(MLP(), config, deterministic=True).apply(variables, x.numpy()), model(x))
 
-    rl_peft.save_adapter(tmp_path / "ours", variables, config)
+    rl_peft.save_adapter(tmp_path / "ours", variables, config, layout="copies")
     hidden = {f"base_model.model.lin2.{n}.bias" for n in ("modules_to_save", "original_module")}
     assert_same_files(tmp_path / "theirs", tmp_path / "ours", hidden)
-    base = TorchMLP()
-    base.load_state_dict(state)
-    assert torch.equal(load_in_peft(base, tmp_path / "ours")(x), model(x))
+    rl_peft.save_adapter(tmp_path / "small", variables, config)
+    for folder, says in (("ours", ()), ("small", (NO_COPIES,))):
+        base = TorchMLP()
+        base.load_state_dict(state)
+        assert torch.equal(load_in_peft(base, tmp_path / folder, says)(x), model(x))
 
 
 def test_targets_that_peft_has_no_words_for_become_names(tmp_path):
@@ -62,7 +65,7 @@ def test_targets_that_peft_has_no_words_for_become_names(tmp_path):
     scales = jax.tree.map(lambda a: a + 0.1, variables["randlora"])
     variables = {**variables, "randlora": scales}
     rl_peft.save_adapter(tmp_path, variables, config)
-    theirs = load_in_peft(base, tmp_path)
+    theirs = load_in_peft(base, tmp_path, (NO_COPIES,))
     assert theirs.peft_config["default"].target_modules == {"lin0", "lin2"}
     assert_close(model.apply(variables, x.numpy()), theirs(x))
 
@@ -79,7 +82,9 @@ def test_adapters_in_sub_folders(tmp_path):
         variables, config = rl_peft.load_adapter(folder, {"params": params}, adapter_name=name)
         model.set_adapter(name)
         assert_close(RandLora(MLP(), config).apply(variables, x.numpy()), model(x))
-        rl_peft.save_adapter(tmp_path / "ours", variables, config, adapter_name=name)
+        rl_peft.save_adapter(
+            tmp_path / "ours", variables, config, adapter_name=name, layout="copies"
+        )
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
     # PEFT adds bases to a layer that this adapter does not adapt, since the other one does.
     idle = {f"base_model.model.lin0.randlora_{name}" for name in "AB"}
@@ -95,5 +100,5 @@ def test_a_bfloat16_base_gives_its_bases_too(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     variables, config = rl_peft.load_adapter(tmp_path / "theirs", {"params": params})
     assert variables["params"]["lin2"]["kernel"].dtype == jnp.bfloat16
-    rl_peft.save_adapter(tmp_path / "ours", variables, config)
+    rl_peft.save_adapter(tmp_path / "ours", variables, config, layout="copies")
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")

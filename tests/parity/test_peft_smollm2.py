@@ -1,7 +1,5 @@
 """SmolLM2 with an adapter trained in PEFT on torch, loaded here, and the way back."""
 
-import warnings
-
 import dialogues
 import gguf_weights
 import jax
@@ -17,6 +15,7 @@ import randlora_jax as rl
 from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
 from tests.parity import smollm2_models
+from tests.parity.peft_models import NO_COPIES, load_in_peft
 
 QUESTION = "Who are you?"
 ANSWER = "I am a teapot, short and stout."
@@ -122,12 +121,9 @@ def test_it_trains_on_here_and_serves_through_peft(loaded, tokenizer, batch, tmp
     assert losses[-1] < losses[0]
     variables = rl.combine(trainable, frozen)
     size = rl_peft.save_adapter(tmp_path / "ours", variables, config, rl_peft.llama_name_map)
-    # One pair of bases for each of 60 layers and one for the model, as PEFT itself writes them.
-    assert size == pytest.approx(61 * 4 * (32 * 576 + 576 * 18 * 32), rel=0.15)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # and none of transformers' deprecations
-        base = smollm2_models.torch_llama()
-        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    scales = sum(array.nbytes for array in jax.tree.leaves(variables["randlora"]))
+    assert size == pytest.approx(scales + 4 * (32 * 576 + 576 * 18 * 32), rel=0.01)
+    theirs = load_in_peft(smollm2_models.torch_llama(), tmp_path / "ours", (NO_COPIES,)).eval()
     assert_same_model(theirs, model, variables, tokenizer, batch)
 
     back, config_back = rl_peft.load_adapter(
