@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 
@@ -29,6 +30,7 @@ LOAN = "randlora_bases"  # a layer's attribute, while its root is being called
 STRENGTH = "randlora_strength"  # of an adapter, where it was set: `sites.scale_name` names it
 
 Arrays = dict[str, jax.Array]
+FLAX = tuple(int(part) for part in flax.__version__.split(".")[:3] if part.isdigit())
 
 
 class RandLoraBasis(nnx.Variable[Any]):
@@ -216,12 +218,22 @@ def _lend(module: Any, variables: dict[str, nnx.Variable[Any]], shared: bool) ->
     stacked = any(getattr(module, kernel.name).ndim > len(kernel.shape) for kernel in kernels)
     value: Any
     if stacked:
+        _refuse_lost_gradients()
         value = ClosedOver({key: variable.get_value() for key, variable in variables.items()})
     elif shared:
         value = dict(variables)
     else:  # variables of its own, on the same arrays: two layers can't share one in tree mode
         value = {key: RandLoraBasis(v.get_value()) for key, v in variables.items()}
     _put(module, value)
+
+
+def _refuse_lost_gradients() -> None:
+    """Raises a RuntimeError where Flax itself gives the layers of a stack gradients of zero."""
+    if FLAX < (0, 12, 7) and not nnx.set_graph_mode.current_value():
+        raise RuntimeError(
+            f"flax {flax.__version__} loses the gradients of stacked layers in tree mode, adapted "
+            "or not: install flax>=0.12.7, or call the model within `nnx.set_graph_mode(True)`"
+        )
 
 
 def _put(module: Any, loan: Any) -> None:

@@ -98,7 +98,8 @@ def varying_alike(operands: Arrays) -> Arrays:
 
 def _varies(array: jax.Array) -> frozenset[str]:
     """The axes of a user's `jax.shard_map` along which it differs by device."""
-    return jax.typeof(array).mat.varying
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying  # before jax 0.10, and since
 
 
 def _varying(array: jax.Array, axes: frozenset[str]) -> jax.Array:

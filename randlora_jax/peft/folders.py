@@ -74,12 +74,11 @@ def save_adapter(
       name_map: as for `load_adapter`, but it is needed in the other direction: of a function,
         give the mapping `{name: function(name) for name in names}`, with the torch model's
         `named_modules()` or `module_names(folder)` for names.
-      layout: "shared" writes one pair of bases, at the level of the model, as PEFT will from the
-        release after 0.21.2 on. PEFT 0.16 to 0.21.2 load it to the same outputs, and warn that the
-        layers have none. "copies" writes a pair beside every layer too, as those releases do: they
-        are nearly all of the file then. transformers' own loader (`model.load_adapter`, or
-        `AutoModel.from_pretrained` of the folder) finds bases there alone, and draws others if
-        there are none.
+      layout: "shared" writes one pair of bases, at the level of the model, as PEFT does since its
+        PR 3714. PEFT 0.21.2 loads it to the same bits, and warns that the layers have none.
+        "copies" writes a pair beside every layer too, as 0.21.2 does: they are nearly all of the
+        file then. transformers' own loader (`model.load_adapter`, or `AutoModel.from_pretrained`
+        of the folder) finds bases there alone, and draws others if there are none.
       overwrite: replace an adapter of PEFT's.
 
     Returns:
