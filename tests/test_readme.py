@@ -1,5 +1,6 @@
-"""The README's code, run as it stands, one block after the other."""
+"""README: its code, run as it stands, its index, and the messages that it explains."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -11,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from flax import nnx
 
 import randlora_jax as rl
+from randlora_jax import linen as linen_door
+from randlora_jax import nnx as nnx_door
+from randlora_jax import ops
 from randlora_jax.nnx import RandLoraParam, variables
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -42,15 +47,21 @@ class NnxModel(nnx.Module):
         return self.q_proj(x) * jax.nn.sigmoid(self.v_proj(x))
 
 
+FIRST = "In Linen"  # all other sections go on from its code
+MESH = "On a mesh"
+TUNIX = "With tunix"  # which is not installed here: peers/test_tunix_training.py runs that block
+
+
 def blocks():
     """(heading, code) of every block of Python."""
-    for part in re.split(r"^(?=## )", README.read_text(), flags=re.M):
+    for part in re.split(r"^###? ", README.read_text(), flags=re.M):
         for code in re.findall(r"```python\n(.*?)```", part, flags=re.S):
             yield part.splitlines()[0], code
 
 
-# These need a Llama that PEFT adapted, and tunix: test_peft_smollm2.py and peers have them.
-ELSEWHERE = ("## PEFT", "## Other people's models")
+def code_of(heading):
+    """The blocks of one section."""
+    return [code for found, code in blocks() if found == heading]
 
 
 def is_of_nnx(code):
@@ -72,6 +83,7 @@ def names(folder):
         "loss_of": lambda y: jnp.mean(jnp.square(y - 1)),
         "path": folder / "adapter",
         "folder": folder / "steps",
+        "new_folder": folder / "for_peft",
     }
     models = {"model": NnxModel(nnx.Rngs(0)), "another_model": NnxModel(nnx.Rngs(1))}
     return linen, {"path": folder / "of_nnx", "folder": folder / "steps_of_nnx", **models}
@@ -85,28 +97,90 @@ def run(heading, code, names):
         jax.config.update("jax_compilation_cache_dir", None)  # else of this process from now on
 
 
-def test_every_block_of_code_runs(tmp_path):
+SECTIONS = {
+    FIRST: 1,
+    "In NNX, in place": 1,
+    MESH: 5,
+    "Over a quantised base": 1,
+    "Many adapters": 2,
+    "PEFT": 1,
+    "Dropout, and several microbatches": 1,
+    "Checkpoints in NNX": 1,
+    "Experts": 1,
+}
+
+
+def test_these_are_all_sections_with_code():
+    headings = [heading for heading, _ in blocks() if heading != TUNIX]
+    assert headings == [heading for heading, count in SECTIONS.items() for _ in range(count)]
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_every_block_of_code_runs(heading, tmp_path):
     linen, _ = names(tmp_path)
-    ran = []
-    for heading, code in blocks():
-        if heading in ELSEWHERE:
-            continue
+    (first,) = code_of(FIRST)
+    run(FIRST, first, linen)
+    if heading == "PEFT":
+        linen |= of_peft(linen["folder"])
+    for code in code_of(heading) if heading != FIRST else ():
         _, of_nnx = names(tmp_path)
         run(heading, code, {**linen, "nnx": nnx, **of_nnx} if is_of_nnx(code) else linen)
-        ran.append(heading)
-    others = ["## Recipes"] * 6 + ["## On many devices"] * 5
-    assert ran == ["## Use it in your own script"] * 2 + others
-    assert (linen["folder"] / "steps" / "1" / "adapter").is_dir()
-    assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()
+    if heading == MESH:
+        assert (linen["folder"] / "steps" / "1" / "adapter").is_dir()
+    if heading == "Checkpoints in NNX":
+        assert (tmp_path / "steps_of_nnx" / "1" / "adapter").is_dir()
+
+
+def of_peft(folder):
+    """What its section has: a Llama's parameters, stacked, and an adapter of PEFT's for them."""
+    q_proj = {"kernel": jnp.ones((2, 8, 8))}
+    params = {"layers": {"self_attn": {"q_proj": q_proj}}}
+    config = rl.RandLoraConfig(r=2, target_modules=["q_proj"])
+    scales = {"randlora_lambda": jnp.ones((2, 2, 4)), "randlora_gamma": jnp.ones((2, 4, 8))}
+    variables = {
+        "params": params,
+        "randlora": {"layers": {"self_attn": {"q_proj": scales}}},
+        "randlora_bases": rl.draw_bases(config, 8, 8),
+    }
+    rl.peft.save_adapter(folder, variables, config, rl.peft.llama_name_map)
+    return {"params": params}
+
+
+def test_the_index_lists_what_is_public():
+    index = README.read_text().split("## API")[1]
+    listed = dict(re.findall(r"^\| `(randlora_jax[.\w]*)` \| (.*) \|$", index, flags=re.M))
+    for door in (rl, rl.adapters, rl.peft, linen_door, nnx_door, ops):
+        assert re.findall(r"`(\w+)`", listed.pop(door.__name__)) == list(door.__all__)
+    assert not listed
+
+
+def test_messages_that_are_explained_are_ours():
+    """Those of the table, but for what is said to be of JAX or PEFT."""
+    table = README.read_text().split("## Troubleshooting")[1].split("## ")[0]
+    rows = re.findall(r"^\| `(.+?)`(.*?) \| ", table, flags=re.M)
+    assert len(rows) > 10
+    texts = []
+    for path in pathlib.Path(rl.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    missing = [m for m, whose in rows if "words" not in whose and not any(m in t for t in texts)]
+    assert missing == []
+
+
+def test_what_it_links_to_is_there():
+    for file in (README, README.parent / "examples" / "README.md"):
+        for link in re.findall(r"\]\((?!https:)(.+?)\)", file.read_text()):
+            assert (file.parent / link).exists(), link
 
 
 def on_many_devices(folder, steps, *which):
     """What is trained where these blocks of the section run, after what it rests on."""
     given, _ = names(pathlib.Path(folder))
     given["folder"] = pathlib.Path(steps)
-    code = [code for heading, code in blocks() if heading == "## On many devices"]
-    for one in (next(code for _, code in blocks()), *(code[i] for i in which)):
-        run("On many devices", one, given)
+    code = code_of(MESH)
+    for one in (*code_of(FIRST), *(code[i] for i in which)):
+        run(MESH, one, given)
     return given
 
 
@@ -136,11 +210,11 @@ def test_a_new_process_trains_on(tmp_path):
 def nnx_on_many_devices(folder):
     """An NNX model on the mesh, by the section's own block, and a step of its training."""
     given, of_nnx = names(pathlib.Path(folder))
-    code = [code for heading, code in blocks() if heading == "## On many devices"]
-    for one in (next(code for _, code in blocks()), code[0]):
-        run("On many devices", one, given)
+    code = code_of(MESH)
+    for one in (*code_of(FIRST), code[0]):
+        run(MESH, one, given)
     given |= {"nnx": nnx, **of_nnx}
-    run("On many devices", next(filter(is_of_nnx, code)), given)
+    run(MESH, next(filter(is_of_nnx, code)), given)
     model, optimizer = given["model"], given["optimizer"]
     x = given["put"](given["batch"], "data")
 
@@ -161,7 +235,7 @@ def scales_of(model):
 
 
 def saved(model, optimizer, save_or_restore):
-    """The items of a checkpoint, as under Recipes."""
+    """The items of a checkpoint, as under Checkpoints in NNX."""
     adapter, state = save_or_restore
     items = {"adapter": adapter(variables(model), model.randlora_config)}
     return ocp.args.Composite(**items, optimizer=state(nnx.state(optimizer)))

@@ -169,7 +169,7 @@ def test_the_readme_s_block_runs(tmp_path):
         "config": CONFIG, "options": options, "path": tmp_path / "adapter",
         "batches": [inputs(batch) for batch in batches(2)],
     }  # fmt: skip
-    (code,) = (c for heading, c in test_readme.blocks() if heading == "## Other people's models")
+    (code,) = test_readme.code_of(test_readme.TUNIX)
     exec(code, names)
     assert names["trainer"].train_steps == 2
     assert (tmp_path / "adapter").is_dir()

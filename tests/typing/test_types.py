@@ -19,8 +19,8 @@ def folder(tmp_path):
     """What both checkers read: a user's modules, and no configuration."""
     scripts = {"linen": [], "nnx": []}
     for heading, code in test_readme.blocks():
-        if heading == "## Other people's models":
-            continue  # tunix is not installed here
+        if heading == test_readme.TUNIX:
+            continue  # which is not installed here
         scripts["nnx" if test_readme.is_of_nnx(code) else "linen"].append(code)
     assert min(len(parts) for parts in scripts.values()) > 1
     for name, parts in scripts.items():

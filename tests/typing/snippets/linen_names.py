@@ -31,4 +31,4 @@ base_model: nn.Module = Model()
 x = batch = jnp.ones((8, 8))
 microbatches = jnp.stack([x, x])
 pretrained = base_model.init(jax.random.key(0), x)["params"]
-path, folder = pathlib.Path("adapter"), pathlib.Path("steps")
+path, folder, new_folder = (pathlib.Path(name) for name in ("adapter", "steps", "for_peft"))
