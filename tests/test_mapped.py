@@ -100,6 +100,21 @@ def test_a_map_over_examples_sums_the_scales_gradients(spmd):
     check(apply, adapted(model, x[0]), x, (P(), P(), P("data")))
 
 
+def test_an_old_jax_is_refused_where_it_can_not_divide_what_is_mapped(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 8, 3))
+    x = jax.random.normal(jax.random.key(1), (COUNT, TOKENS + 3, D))  # of no other test: not cached
+    model = RandLora(Mlp(), CONFIG)
+    variables = adapted(model, x[0], stack=True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+    places = {"params": P("data"), "randlora": P("data"), "randlora_bases": P()}
+    there = {name: put(tree, places[name]) for name, tree in variables.items()}
+    apply = jax.vmap(model.apply, (STACKED, 0))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"install jax>=0\.9, or make"):
+        apply(there, put(x, P("data")))
+    assert apply(variables, x).shape == x.shape
+
+
 def test_an_ensemble_whose_tokens_are_divided_sums_the_scales_gradients():
     x = jax.random.normal(jax.random.key(1), (COUNT, TOKENS, D))
     model = RandLora(Mlp(), CONFIG)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -229,9 +229,20 @@ def _mappable(divide: Callable, function: Callable[..., Arrays], division: Divis
     @mappable.def_vmap
     def _(size, batched, *operands):
         del size
+        _refuse_old_jax(x for x, is_batched in zip(operands, batched, strict=True) if is_batched)
         flags = zip(division.operands, batched, strict=True)
         names = frozenset(name for (name, _), is_batched in flags if is_batched)
         mapped = _mappable(divide, _Mapped(function, names), division.mapped(names), *others)
         return mapped(*operands), (True,) * len(division.results)
 
     return mappable
+
+
+def _refuse_old_jax(mapped: Iterable[jax.Array]) -> None:
+    """Raises a ValueError where `jax.shard_map` of jax 0.8 could not divide a mapped axis."""
+    first = (mesh_axes(spec[0]) for x in mapped if (spec := jax.typeof(x).sharding.spec))
+    if jax.__version_info__ < (0, 9) and any(first):
+        raise ValueError(
+            f"jax {jax.__version__} can't map over an axis that is divided along explicit axes of "
+            "a mesh: install jax>=0.9, or make the mesh with AxisType.Auto"
+        )
