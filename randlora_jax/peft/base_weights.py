@@ -164,11 +164,11 @@ def _beside(
             same.append(name)
         else:
             changed[name] = places.put(where, index, value)
-    for name, (value, error) in nowhere.items():
+    for name, (value, why) in nowhere.items():
         at = places.holding(value)  # among them what is new here
         if at is None:
             raise ValueError(
-                f"{error}, and nothing in the base equals it. Neither modules_to_save="
+                f"{why}, and nothing in the base equals it. Neither modules_to_save="
                 f"{adapter.config.modules_to_save!r} nor bias={adapter.config.bias!r} accounts "
                 "for it"
             )

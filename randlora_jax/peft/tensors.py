@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -92,7 +92,7 @@ def adapter_of(config: RandLoraConfig, file: Any, adapter_name: str) -> Adapter:
     if not pairs:
         raise ValueError("it has no randlora_lambda and randlora_gamma: not a RandLoRA adapter")
     bases = _bases(config, file, copies, pairs)
-    trained = {at: value for at, value in others.items() if _is_trained(config, *at, pairs)}
+    trained = {at: value for at, value in others.items() if _is_trained(config, at, pairs)}
     of_base = {at: value for at, value in others.items() if at not in trained}
     return Adapter(config, pairs, bases, trained, of_base)
 
@@ -127,7 +127,8 @@ def _named(
     return named
 
 
-def _is_trained(config: RandLoraConfig, module: str, leaf: str, adapted: Iterable[str]) -> bool:
+def _is_trained(config: RandLoraConfig, at: tuple[str, str], adapted: Container[str]) -> bool:
+    module, leaf = at
     by_bias = ("all", "randlora_only") if module in adapted else ("all",)
     is_bias = leaf == "bias" and config.bias in by_bias
     return is_bias or targets.is_saved_whole(config, module)
