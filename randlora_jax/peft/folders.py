@@ -78,7 +78,8 @@ def save_adapter(
         PR 3714. PEFT 0.21.2 loads it to the same bits, and warns that the layers have none.
         "copies" writes a pair beside every layer too, as 0.21.2 does: they are nearly all of the
         file then. transformers' own loader (`model.load_adapter`, or `AutoModel.from_pretrained`
-        of the folder) finds bases there alone, and draws others if there are none.
+        of the folder) and `set_peft_model_state_dict` on an injected model find bases there alone,
+        and draw others if there are none.
       overwrite: replace an adapter of PEFT's.
 
     Returns:

@@ -1,6 +1,7 @@
 """A small model in torch and Flax, adapted by PEFT, and what compares the two sides."""
 
 import json
+import re
 import warnings
 
 import flax.linen as nn
@@ -64,6 +65,8 @@ def load_in_peft(base, folder, says=(), **options):
     texts = [str(warning.message) for warning in told if warning.category is UserWarning]
     assert len(texts) == len(says), texts
     assert all(text.startswith(start) for text, start in zip(texts, says, strict=True)), texts
+    missing = [key for text in texts for key in re.findall(r"'(.+?)'", text)]
+    assert all(re.search(r"\.randlora_[AB]\.\w+$", key) for key in missing), texts
     return model
 
 

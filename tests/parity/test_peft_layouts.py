@@ -143,6 +143,23 @@ def test_transformers_own_loader_needs_the_copies(exported):
         assert torch.equal(logits(model), expected) is same
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_beside_an_adapter_of_torch_s_bases_it_wants_memory_of_its_own(exported, tmp_path, low):
+    """As README says: else PEFT copies the bases that come second over those of the first."""
+    base, _, _, folder = exported
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.RandLoraConfig(r=4, target_modules=TARGETS, init_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    expected = logits(load_in_peft(copy.deepcopy(base), tmp_path))
+    both = load_in_peft(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low)
+    both.load_adapter(folder / "shared", "ours", low_cpu_mem_usage=low)
+    assert torch.equal(logits(both), expected) is low
+    both.set_adapter("ours")
+    ours = load_in_peft(copy.deepcopy(base), folder / "copies")
+    assert torch.equal(logits(both), logits(ours))
+
+
 CASES = {
     "an adapted head": ({"target_modules": ["q_proj", "lm_head"]}, "auto"),
     "embeddings": ({"target_modules": ["q_proj"]}, True),
