@@ -91,7 +91,7 @@ def test_jit_grad_and_remat_agree_with_the_merged_model(name, graph):
     graphdef, scales, rest = nnx.split(model, RandLoraParam, ...)
     pure = lambda scales, rest: loss(nnx.merge(graphdef, scales, rest, copy=True), x)
     y, by_split = jax.jit(jax.value_and_grad(pure))(scales, rest)
-    np.testing.assert_allclose(y, loss(merged, x), rtol=2e-5)
+    np.testing.assert_allclose(y, loss(merged, x), rtol=2e-5, atol=2e-5)  # a sum of sines
     by_split = leaves(by_split)
     assert all(np.abs(g).max() > 0 for g in by_split.values())
     if graph:
