@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from randlora_jax import register_layer
-from randlora_jax.nnx import inject, merge, update, variables
+from randlora_jax.nnx import inject, lending, merge, update, variables
 from tests.nnx_models import CONFIG, MLP, Block, D, Stack, trained, unchanged_if_it_fails, x
 
 
@@ -103,3 +103,13 @@ def test_updating_with_another_model_s_scales_is_refused():
     np.testing.assert_array_equal(model(x()), before)
     with pytest.raises(ValueError, match="another model"):
         inject(Block(rngs=nnx.Rngs(0)), CONFIG, values=other)
+
+
+def test_an_old_flax_is_refused_where_it_loses_gradients(monkeypatch):
+    monkeypatch.setattr(lending, "FLAX", (0, 12, 6))
+    model = trained(Stack(rngs=nnx.Rngs(0)))
+    with nnx.set_graph_mode(False), pytest.raises(RuntimeError, match=r"install flax>=0\.12\.7"):
+        model(x())
+    with nnx.set_graph_mode(False):
+        trained(MLP(rngs=nnx.Rngs(0)))(x())
+    model(x())

@@ -74,7 +74,9 @@ def leaves(state):
 def graph(request):
     name = request.node.callspec.params.get("name")
     if not request.param and name in ("stack", "attention") and lending.FLAX < (0, 12, 7):
-        pytest.skip("Flax itself can't: no gradients for stacks, an error for attention")
+        # Ours refuses stacks, whose gradients Flax loses; Flax itself refuses its attention.
+        refused = pytest.mark.xfail(raises=(RuntimeError, ValueError), strict=True)
+        request.applymarker(refused)
     with nnx.set_graph_mode(request.param):
         yield request.param
 
@@ -111,16 +113,6 @@ def test_tree_mode_may_be_the_first_to_trace_a_method_of_graph_mode():
     with nnx.set_graph_mode(False):
         y = model(x())
     assert_close(np.asarray(y), np.asarray(merge(model)(x())), 2e-5)
-
-
-def test_an_old_flax_is_refused_where_it_loses_gradients(monkeypatch):
-    monkeypatch.setattr(lending, "FLAX", (0, 12, 6))
-    model = trained(Stack(rngs=nnx.Rngs(0)))
-    with nnx.set_graph_mode(False), pytest.raises(RuntimeError, match=r"install flax>=0\.12\.7"):
-        model(x())
-    with nnx.set_graph_mode(False):
-        trained(MLP(rngs=nnx.Rngs(0)))(x())
-    model(x())
 
 
 def test_gradients_without_jit():

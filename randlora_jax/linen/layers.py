@@ -22,7 +22,9 @@ from randlora_jax.linen.calls import OurCall, is_lifted, method_of, unseen
 from randlora_jax.linen.discovery import adaptable
 from randlora_jax.linen.layer_call import LinenCall, Running
 from randlora_jax.linen.scales import beside_kernels
+from randlora_jax.ops import Dropout
 from randlora_jax.ops.costs import Strategy
+from randlora_jax.prepared import Update, prepare
 from randlora_jax.quantised import is_quantised
 from randlora_jax.raw_parameters import Parameters
 from randlora_jax.registry import Arguments
@@ -101,9 +103,7 @@ class Interceptor:
         told = self.layout.told(path) if self.layout else None
         return updates.run(call, found, self.bases, self.strategy, told)
 
-    def _updates(
-        self, module: nn.Module, call: Arguments | None, own: bool
-    ) -> list[updates.Update]:
+    def _updates(self, module: nn.Module, call: Arguments | None, own: bool) -> list[Update]:
         name = trees.dotted(module.path[self.depth :])
         if not self.adapters:
             return []
@@ -123,7 +123,7 @@ class Interceptor:
                     number = trees.unboxed(beside.get(scale_name(NUMBER, adapter)))
                     scales, dropout = (lam, gamma), self._dropout(module, config, number)
                     given = target, kernel, config, self.bases, scales, dropout, self.ids
-                    found.append(updates.prepare(*given))
+                    found.append(prepare(*given))
                 elif own and call is not None and target == name and _is_target(config, name):
                     raise ValueError(
                         f"{target!r} is one of target_modules but has no scales in 'randlora': "
@@ -133,7 +133,7 @@ class Interceptor:
 
     def _dropout(
         self, module: nn.Module, config: RandLoraConfig, number: jax.Array | None
-    ) -> updates.Dropout | None:
+    ) -> Dropout | None:
         if self.deterministic or config.randlora_dropout == 0:
             return None
         layer: Any = nn.Dropout(config.randlora_dropout, deterministic=False, parent=None)
@@ -143,7 +143,7 @@ class Interceptor:
             with unseen():
                 return apply(x)
 
-        return updates.Dropout(config.randlora_dropout, dropout)
+        return Dropout(config.randlora_dropout, dropout)
 
     def _key(self, module: nn.Module, number: jax.Array | None) -> jax.Array:
         # A base without dropout of its own has no reason to hand "dropout" through its `nn.scan`,

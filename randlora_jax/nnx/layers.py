@@ -14,9 +14,11 @@ from randlora_jax.config import RandLoraConfig
 from randlora_jax.layer_call import Call, Change
 from randlora_jax.nnx.discovery import original_class
 from randlora_jax.nnx.lending import IDS, STRENGTH, lent_to
+from randlora_jax.ops import Dropout
 from randlora_jax.ops.costs import Strategy
 from randlora_jax.ops.division import Told
 from randlora_jax.ops.rows import checked_ids
+from randlora_jax.prepared import prepare
 from randlora_jax.quantised import is_quantised
 from randlora_jax.sites import LAMBDA, SCALES, Kernel, scale_name
 
@@ -99,7 +101,7 @@ def call(module: Any, method: Callable[..., Any], name: str, args: Any, kwargs: 
         target = f"{original_class(module).__name__}.{kernel.name}"
         _check_whole(target, getattr(module, kernel.name).shape, kernel.shape)
         scales = lam, gamma
-        found.append(updates.prepare(target, kernel, config, bases, scales, dropout, ids))
+        found.append(prepare(target, kernel, config, bases, scales, dropout, ids))
     called = NnxCall(module, original_class(module), name, args, kwargs, quantised, method)
     told = dict(adapted.told).get(found[0].kernel if found else None)
     return updates.run(called, found, bases, adapted.strategy, told)
@@ -156,7 +158,7 @@ class NnxCall(Call):
         return y
 
 
-def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:
+def _dropout(module: Any, config: RandLoraConfig) -> Dropout | None:
     if config.randlora_dropout == 0 or module.deterministic:
         return None
     if module.randlora_rngs is None:
@@ -166,4 +168,4 @@ def _dropout(module: Any, config: RandLoraConfig) -> updates.Dropout | None:
         )
     layer = nnx.Dropout(config.randlora_dropout, deterministic=False)
     draw = functools.partial(layer, rngs=module.randlora_rngs)
-    return updates.Dropout(config.randlora_dropout, draw)
+    return Dropout(config.randlora_dropout, draw)

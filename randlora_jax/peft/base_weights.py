@@ -25,6 +25,7 @@ def with_weights(
     variables: trees.Tree,
     config: RandLoraConfig,
     stacks: Mapping[trees.Path, Stack],
+    shapes: Shapes,
     name_map: Names,
 ) -> tuple[dict[str, Any], RandLoraConfig]:
     """The variables with an adapter's weights in the base's place, and the config that says so.
@@ -33,7 +34,7 @@ def with_weights(
       ValueError: for a weight that has no place or does not fit, or one that is missing.
     """
     params = dict(trees.items(variables["params"]))
-    places = _Places(params, name_map, config.fan_in_fan_out)
+    places = _Places(params, shapes, name_map, config.fan_in_fan_out)
     saved = set()
     for (module, leaf), value in adapter.others.items():
         path = places.put(*places.find(module, leaf, value))
@@ -56,9 +57,11 @@ class _Places:
       elsewhere: what the file has under another name too, as a shared output layer's.
     """
 
-    def __init__(self, params: Mapping[trees.Path, Any], name_map: Names, conv1d: bool):
-        self.params, self.name_map, self.conv1d = params, name_map, conv1d
-        self.shapes = {p: tuple(trees.unboxed(leaf).shape) for p, leaf in params.items()}
+    def __init__(
+        self, params: Mapping[trees.Path, Any], shapes: Shapes, name_map: Names, conv1d: bool
+    ):
+        self.params, self.shapes = params, shapes
+        self.name_map, self.conv1d = name_map, conv1d
         self.new: dict[trees.Path, np.ndarray] = {}
         self.given: dict[trees.Path, set[int | None]] = {}
         self.elsewhere: set[trees.Path] = set()

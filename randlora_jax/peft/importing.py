@@ -31,7 +31,7 @@ def onto_base(
     sites_of(loaded, config, guess=True)
     weights = adapter.others or adapter.of_base
     if weights or config.bias != "none" or config.modules_to_save:
-        return with_weights(adapter, loaded, config, stacks, name_map)
+        return with_weights(adapter, loaded, config, stacks, shapes, name_map)
     return loaded, config
 
 
