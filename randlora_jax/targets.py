@@ -198,7 +198,11 @@ def within_bridge(cls: type) -> str:
 
 
 # PEFT's own names for the heads of these tasks: it takes those of them that there are.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def _check_names(
@@ -211,7 +215,7 @@ def _check_names(
     for name in _several(names):
         if field == "modules_to_save":
             found = any(is_saved_whole(config.replace(modules_to_save=[name]), m) for m in modules)
-            found = found or name in _HEADS.get(config.task_type or "", ())
+            found = found or name in HEADS.get(config.task_type or "", ())
         elif field == "layers_pattern":
             found = any(re.search(rf"(?:^|\.)(?:{name})(?:[._]|$)", m) for m in modules)
         else:

@@ -29,12 +29,6 @@ MOE = {
     for e in range(EXPERTS)
     for name, shape in MLP.items()
 } | {f"model.layers.{i}.mlp.gate": (D, EXPERTS) for i in range(LAYERS)}
-HEADS_OF = {
-    "q_proj": (D, HEADS, H),
-    "k_proj": (D, KV, H),
-    "v_proj": (D, KV, H),
-    "o_proj": (HEADS, H, D),
-}
 TUNIX = {
     f"layers.{i}.attn.{name}.w": HEADS_OF[name] for i in range(LAYERS) for name in ATTENTION
 } | {f"layers.{i}.mlp.{name}.kernel": MLP[name] for i in range(LAYERS) for name in MLP}
@@ -146,3 +140,17 @@ def test_a_map_leads_there_and_back(head, ours, rest, layer, expert, numbered, s
 def test_longer_names_are_no_numbers_of_a_layer():
     name_map = peft.NameMap((("h.{}", "layers"),))
     assert name_map("h.12x.q") is None and name_map("h") is None and name_map("ah.1.q") is None
+
+
+@pytest.mark.parametrize("to", ["model.language_model", "language_model.model"])
+def test_a_language_model_within_another_model(to):
+    inside = peft.llama_name_map.moved("model", to)
+    for name in ("layers.3.mlp.up_proj", "embed_tokens", "norm"):
+        place = peft.llama_name_map(f"model.{name}")
+        place = place if isinstance(place[0], tuple) else (place, None)
+        assert inside.inverse(*place) == f"{to}.{name}"
+        assert inside(f"{to}.{name}") == peft.llama_name_map(f"model.{name}")
+    assert inside("lm_head") == ("lm_head",)
+    assert inside(f"{to}_other.norm") is inside("vision_tower.norm") is None
+    with pytest.raises(ValueError, match="begins with 'mode'"):
+        peft.llama_name_map.moved("mode", to)

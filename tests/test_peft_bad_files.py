@@ -123,6 +123,10 @@ class TestDamage:
         with pytest.raises(FileNotFoundError, match=CONFIG):
             load(folder / "absent")
 
+    def test_a_repository_s_name_is_no_folder(self):
+        with pytest.raises(FileNotFoundError, match=r"snapshot_download\('someone/adapter'\)"):
+            load("someone/adapter")
+
     @pytest.mark.parametrize(
         "name", ["..", ".", "", "../adapter", "a/b", "a\\b", "/etc", "c:x", "a\0"]
     )

@@ -46,6 +46,17 @@ class TestLayouts:
         rewrite(folder, lambda t: {k.removeprefix(prefix): v for k, v in t.items() if prefix in k})
         self.expect(folder)
 
+    @pytest.mark.parametrize("rename", [
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: key.replace("randlora_", "_orig_mod.randlora_"),
+        lambda key: f"_orig_mod.module.{key}",
+        lambda key: f"_fsdp_wrapped_module.{key}".replace("lin", "_checkpoint_wrapped_module.lin"),
+        lambda key: f"module.{key}",
+    ])  # fmt: skip
+    def test_names_that_torch_s_wrappers_put_into_keys(self, folder, rename):
+        rewrite(folder, lambda tensors: {rename(key): value for key, value in tensors.items()})
+        self.expect(folder)
+
     def test_without_the_prefix_and_with_one_layer_s_pair(self, folder):
         prefix, dropped = "base_model.model.", ("lin1.randlora_A", "lin1.randlora_B")
         rewrite(

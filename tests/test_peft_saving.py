@@ -63,6 +63,16 @@ class TestSaving:
         assert (folder / "README.md").read_text() == "card"
         assert sorted(p.name for p in folder.parent.iterdir()) == ["adapter"]
 
+    def test_a_folder_with_an_adapter_of_ours_is_left_alone(self, tmp_path):
+        variables, config = load(GOLDEN / "adapter_projection")
+        rl.save_adapter(tmp_path / "a", variables, config)
+        before = sorted(p.name for p in (tmp_path / "a").iterdir())
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="an adapter of this library"):
+                peft.save_adapter(tmp_path / "a", variables, config, overwrite=overwrite)
+        assert sorted(p.name for p in (tmp_path / "a").iterdir()) == before
+        rl.load_adapter(tmp_path / "a", golden_base()[0])
+
     @pytest.mark.parametrize("fails", ["weights", "config"])
     def test_a_failed_save_leaves_the_folder_as_it_was(self, folder, monkeypatch, fails):
         (folder / "io.safetensors").unlink()

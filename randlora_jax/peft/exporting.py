@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ def to_peft(
             scales[name] = lam, gamma
         adapted[module] = layers
     others = _others(variables, config, name_of, adapted, shapes)
+    _check_head(config, others, config_json.names_of_kernels(shapes, name_of))
     config = config_json.in_torch(config, scales, others, shapes, name_of)
     bases = variables["randlora_bases"]
     if shared_dims is not None:
@@ -97,6 +99,28 @@ def _name(
         layer = "" if row is None else f", layer {row}"
         raise ValueError(f"name_map has no module of PEFT's for {'.'.join(path)!r}{layer}")
     return name
+
+
+def _check_head(config, others, names):
+    """PEFT's classes for some tasks train the head of the model too, and want it in the file."""
+    heads = targets.HEADS.get(config.task_type or "")
+    of_head = lambda name: name.rpartition(".")[2] in heads
+    if not heads or any(of_head(module) for module, _ in others):
+        return
+    there = next(filter(of_head, names), None)
+    problem = (
+        f"task_type={config.task_type!r}: PEFT's class for it loads the model's head, "
+        f"{' or '.join(map(repr, heads))}, from the file, and no head is trained here: "
+    )
+    if there is not None:
+        raise ValueError(
+            f"{problem}put {there!r} into modules_to_save, or save with "
+            "config.replace(task_type=None)"
+        )
+    warnings.warn(
+        f"{problem}if the model in torch has one, save with config.replace(task_type=None)",
+        stacklevel=4,
+    )
 
 
 def _others(variables, config, name_of, adapted, shapes):

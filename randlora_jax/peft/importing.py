@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,11 @@ def onto_base(
     shapes = {p: tuple(trees.unboxed(leaf).shape) for p, leaf in trees.items(variables["params"])}
     added, config, stacks = from_peft(adapter, name_map, shapes)
     loaded = {**variables, **added}
-    sites_of(loaded, config, guess=True)
+    sites = sites_of(loaded, config, guess=True)
+    if adapter.bases is None:
+        kernels = (trees.get(variables["params"], site.kernel_path) for site in sites)
+        dtypes = {np.dtype(trees.unboxed(kernel).dtype) for kernel in kernels}
+        loaded["randlora_bases"] = _beside(loaded["randlora_bases"], dtypes)
     weights = adapter.others or adapter.of_base
     if weights or config.bias != "none" or config.modules_to_save:
         return with_weights(adapter, loaded, config, stacks, shapes, name_map)
@@ -122,6 +126,16 @@ def _redrawn(
         stacklevel=5,
     )
     return torch_bases.draw(config, *bases_lib.shared_dims(features))
+
+
+def _beside(bases: Mapping[str, Any], dtypes: Collection[np.dtype]) -> dict[str, Any]:
+    """Drawn bases as they are beside kernels of these dtypes, to which PEFT rounds each copy."""
+    narrow = [dtype for dtype in dtypes if dtype.itemsize < 4]
+    if len(dtypes) > 1 or not narrow:  # of several, no one pair serves all
+        return dict(bases)
+    rounded = lambda array: array.astype(narrow[0]).astype(array.dtype)
+    is_sign = lambda array: jnp.issubdtype(array.dtype, jnp.integer)
+    return {name: a if is_sign(a) else rounded(a) for name, a in bases.items()}
 
 
 def compact_bases(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[str, np.ndarray]:

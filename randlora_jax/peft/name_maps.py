@@ -57,6 +57,25 @@ class NameMap:
                 return ".".join((*parts_of(_filled(theirs, numbers)), *parts_of(rest)))
         return None
 
+    def moved(self, module: str, to: str) -> NameMap:
+        """The same map for a torch model that has a module, and all within it, elsewhere.
+
+        A language model within one that sees, as of Gemma 3 from 4B on, is an example:
+
+          >>> inside = llama_name_map.moved("model", "model.language_model")
+          >>> inside("model.language_model.layers.3.mlp.up_proj"), inside("lm_head")
+          ((('layers', 'mlp', 'up_proj'), 3), ('lm_head',))
+        """
+        within = lambda name: name == module or name.startswith(module + ".")
+        if not any(within(theirs) for theirs, _ in self.prefixes):
+            raise ValueError(f"no name in the map begins with {module!r}: {list(self.prefixes)}")
+        return NameMap(
+            tuple(
+                (to + theirs.removeprefix(module) if within(theirs) else theirs, ours)
+                for theirs, ours in self.prefixes
+            )
+        )
+
 
 def _placeholders(template: str) -> list[str]:
     return re.findall(r"\{(\w*)\}", template)

@@ -36,7 +36,11 @@ def place_of(name_map: Names, name: str) -> Place:
         except KeyError:
             value = None
     if value is None:
-        raise ValueError(f"name_map has no place for {name!r}: the adapter is of another model")
+        raise ValueError(
+            f"name_map has no place for {name!r}: the adapter is of another model"
+            + ", or of one that has yours within: name_map.moved('model', 'model.language_model') "
+            "is such a map" * ("language_model" in name)
+        )
     path: Any = value
     index: int | None = None
     if isinstance(value, (tuple, list)) and len(value) == 2 and hasattr(value[1], "__index__"):
@@ -118,6 +122,8 @@ def from_torch(
         return value.reshape(shape)
     raise ValueError(
         f"it has {value.shape} for {'.'.join(path)!r} of {shape}: it is of another model"
+        + ", or of a vocabulary that was resized after loading: give the base as many rows"
+        * (path[-1] == "embedding" and value.shape[1:] == shape[1:])
     )
 
 

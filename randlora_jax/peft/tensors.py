@@ -25,6 +25,10 @@ _PREFIX, _MODEL = "base_model.model.", "base_model."
 _OWN = re.compile(
     rf"(?:(?P<module>.*)\.)?(?P<leaf>{'|'.join(SCALES + BASES)})(?:\.(?P<adapter>[^.]+))?"
 )
+# Of `torch.compile`, FSDP and checkpointing: their wrappers' part of the names within them.
+_OF_TORCH = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _WRAPPED = re.compile(r"(?P<module>.+)\.(?P<by>modules_to_save|original_module)\.(?P<rest>.+)")
 
 
@@ -104,14 +108,14 @@ def _named(
 
     `PeftModel.state_dict()` has the names of adapters in its keys, which are not in PEFT's files.
     """
-    ours = {key: match for key in keys if (match := _OWN.fullmatch(key.removeprefix(_PREFIX)))}
+    names = {key: _unwrapped(key).removeprefix(_PREFIX) for key in sorted(keys)}
+    ours = {key: match for key, name in names.items() if (match := _OWN.fullmatch(name))}
     adapters = sorted({match["adapter"] for match in ours.values() if match["adapter"]})
     chosen = adapters[0] if len(adapters) == 1 else adapter_name
     if adapters and chosen not in adapters:
         raise ValueError(f"it has adapters called {adapters}: adapter_name must be one of them")
     named = {}
-    for key in sorted(keys):
-        name = key.removeprefix(_PREFIX)
+    for key, name in names.items():
         if own := ours.get(key):
             if own["adapter"] in (None, chosen):
                 named[own["module"] or "", own["leaf"]] = key
@@ -125,6 +129,12 @@ def _named(
         module, _, leaf = name.rpartition(".")
         named[module.removesuffix(".base_layer"), leaf] = key
     return named
+
+
+def _unwrapped(key: str) -> str:
+    """A key without what torch's wrappers, or those for several devices around all, put into it."""
+    name = _OF_TORCH.sub("", key)
+    return name.removeprefix("module.") if name.startswith("module." + _MODEL) else name
 
 
 def _is_trained(config: RandLoraConfig, at: tuple[str, str], adapted: Container[str]) -> bool:
@@ -155,7 +165,7 @@ def _bases(config, file, copies, pairs):
         for key in keys[1:]:
             if np.array_equal(first, _as_float(key, file), equal_nan=True):
                 continue
-            if not keys[0].startswith(_MODEL + name):
+            if not _unwrapped(keys[0]).startswith(_MODEL + name):
                 raise ValueError(f"{key} is not {keys[0]}, and there is no {_MODEL + name} to tell")
             warnings.warn(f"{key} is not {keys[0]}, which is taken, as PEFT does", stacklevel=8)
             break

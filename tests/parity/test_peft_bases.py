@@ -2,7 +2,10 @@
 
 import random
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -10,7 +13,15 @@ import randlora_jax as rl
 from randlora_jax import peft as rl_peft
 from randlora_jax.linen import RandLora
 from randlora_jax.peft import torch_bases
-from tests.parity.peft_models import MLP, MODES, TorchMLP, adapted, assert_close, params_of
+from randlora_jax.peft.exporting import dense_bases
+from tests.parity.peft_models import (
+    MLP,
+    MODES,
+    TorchMLP,
+    adapted,
+    assert_close,
+    params_of,
+)
 
 
 def test_bases_are_those_of_peft_on_50_random_configurations():
@@ -52,3 +63,22 @@ def test_without_projections_the_redrawn_bases_give_the_same_outputs(tmp_path):
     for name in ("randlora_A", "randlora_B"):
         theirs = getattr(model.base_model, name)["default"].numpy()
         assert np.asarray(variables["randlora_bases"][name]).tobytes() == theirs.tobytes()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Specified to not", "ignore:the file has a seed", "ignore:Found missing"
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_redrawn_bases_are_rounded_as_peft_rounds_them_beside_such_a_base(tmp_path, mode, dtype):
+    base, options = TorchMLP().to(dtype), {"save_projection": False, **MODES[mode]}
+    adapted(base, target_modules=["lin0", "lin2"], **options).save_pretrained(tmp_path)
+    kind = {torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}.get(dtype, jnp.float32)
+    params = jax.tree.map(lambda a: a.astype(kind), params_of(TorchMLP()))
+    variables, _ = rl_peft.load_adapter(tmp_path, {"params": params})
+    ours = dense_bases(variables["randlora_bases"])
+    theirs = peft.PeftModel.from_pretrained(TorchMLP().to(dtype), tmp_path)
+    layer = theirs.base_model.model.lin0
+    for name in ("randlora_A", "randlora_B"):
+        expected = getattr(layer, name)["default"].float().numpy()
+        assert ours[name].tobytes() == expected.tobytes()
