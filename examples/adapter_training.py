@@ -30,18 +30,17 @@ class Run:
     quantize: str | None = None
 
 
-def sums(model, variables, batch):
+def sums(logits, batch):
     """Sum of the negative log-likelihood, and number, of the tokens of the answers."""
-    logits = model.apply(variables, batch["tokens"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
 
-def optimizer(run):
+def optimizer(steps, learning_rate):
     """AdamW, clipped, with warm-up and decay to a tenth."""
-    warmup = max(1, run.steps // 10)
+    warmup = max(1, steps // 10)
     rate = optax.warmup_cosine_decay_schedule(
-        0, run.learning_rate, warmup, max(run.steps, warmup + 1), run.learning_rate / 10
+        0, learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
@@ -102,13 +101,14 @@ def train(run, model, tokenizer, config, variables, pairs, folder, mesh=None):
         TimeRemainingColumn,
     )
 
-    tx = optimizer(run)
+    tx = optimizer(run.steps, run.learning_rate)
     trainable, frozen = rl.split(variables, config)
 
     @jax.jit
     def update(trainable, opt_state, frozen, batch):
         def mean_loss(trainable):
-            total, count = sums(model, rl.combine(trainable, frozen), batch)
+            logits = model.apply(rl.combine(trainable, frozen), batch["tokens"])
+            total, count = sums(logits, batch)
             return total / jnp.maximum(count, 1)
 
         loss, gradients = jax.value_and_grad(mean_loss)(trainable)

@@ -24,16 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rivals
 import rows
 import smollm2
 from flax import linen as nn
+from smollm2 import PROJECTIONS
 
 import randlora_jax as rl
 from randlora_jax import trees
 from randlora_jax.linen import RandLora, quantize
 from randlora_jax.ops.costs import product_flops
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "full fine-tuning"
 LORA_RANK = 16
 QUANTISED = {"int8": {"qtype": "int8"}, "nf4": {"qtype": "nf4", "tile_size": 64}}
@@ -160,21 +161,10 @@ def randlora_method(name, llama, params, tokens, rank, strategy="auto", **bases)
 
 def qwix_method(name, llama, params, tokens, rank=LORA_RANK, qtype=None, tile_size=None):
     """LoRA through qwix, the peer that JAX users have; QLoRA over quantised parameters."""
-    import qwix
-
     how = {"weight_qtype": qtype, "tile_size": tile_size} if qtype else {}
-    provider = qwix.LoraProvider(module_path=".*_proj", rank=rank, alpha=float(rank), **how)
-    model = qwix.apply_lora_to_model(llama, provider)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    is_new = lambda path: path[-1].startswith("kernel_lora")
-    flat = dict(trees.items(shapes))
-    boxes = {p: leaf for p, leaf in flat.items() if hasattr(leaf, "how")}  # as qwix wants codes
-    given = dict(trees.items(params))
-    params = trees.build(given | {p: box.replace(array=given[p]) for p, box in boxes.items()})
-    key = jax.random.key(0)
-    new = {p: 0.01 * jax.random.normal(key, s.shape, s.dtype) for p, s in flat.items() if is_new(p)}
+    model, factors, frozen = rivals.qwix_lora(llama, params, tokens, rank, **how)
     apply = lambda t, f, x: model.apply({"params": rl.combine(t, f)}, x)
-    return jax_method(name, apply, trees.build(new), params, tokens)
+    return jax_method(name, apply, factors(0), frozen, tokens)
 
 
 def peft_method(config, tokens, rank):
@@ -266,21 +256,19 @@ def main(argv=None):
     for row in flops_table(args.rank):
         table.add_row(*row)
     console.print(table)
-    config, params = gguf_weights.load()
-    config = dataclasses.replace(config, layers=args.layers)
-    params = {**params, "layers": jax.tree.map(lambda a: a[: args.layers], params["layers"])}
+    config, params = smollm2.first_layers(*gguf_weights.load(), args.layers)
     results = {}
     for shape in args.tokens:
         batch, length = (int(n) for n in shape.split("x"))
         tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, config.vocab_size)
         times = timed(list(methods(config, params, tokens, args.rank)), args.repeats)
         results[batch * length] = times
-        rivals = (REFERENCE, "frozen base", "QLoRA (qwix) on nf4", "RandLoRA (PEFT)")
-        rivals = [name for name in rivals if name in times]
+        others = (REFERENCE, "frozen base", "QLoRA (qwix) on nf4", "RandLoRA (PEFT)")
+        others = [name for name in others if name in times]
         title = f"Train step, {batch} x {length} tokens, {args.layers} layers"
-        table = Table("method", "seconds", *(f"over {name}" for name in rivals), title=title)
+        table = Table("method", "seconds", *(f"over {name}" for name in others), title=title)
         for name, seconds in times.items():
-            over = (ratios(seconds, times[rival]) for rival in rivals)
+            over = (ratios(seconds, times[other]) for other in others)
             table.add_row(name, f"{statistics.median(seconds):.2f}", *over)
         console.print(table)
     plot(results, args.output_dir / "step_time.png")

@@ -48,9 +48,23 @@ def by_topic():
             if broken or key in seen or key[0] == key[1] or key[0] in LEFT_OUT_QUESTIONS:
                 continue
             seen.add(key)
-            share = int(hashlib.sha256(key[0].encode()).hexdigest()[:8], 16) / 2**32
-            (held_out if share < HELD_OUT else train).append((question, answer))
+            (held_out if share(question) < HELD_OUT else train).append((question, answer))
     return topics
+
+
+def share(question):
+    """A number in [0, 1) that is the question's own: by it, pairs are divided."""
+    digest = hashlib.sha256(normalized(question).encode()).hexdigest()
+    return int(digest[:8], 16) / 2**32
+
+
+def with_validation():
+    """(train, validation, held_out): as `pairs`, with as large a part of train to tune on."""
+    train, held_out = pairs()
+    chosen = [share(question) < 2 * HELD_OUT for question, _ in train]
+    parts = [[pair for pair, c in zip(train, chosen, strict=True) if c is which]
+             for which in (False, True)]  # fmt: skip
+    return *parts, held_out
 
 
 def encode(pairs, tokenizer, seq_len):

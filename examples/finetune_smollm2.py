@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import smollm2
+from smollm2 import PROJECTIONS
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora, quantize
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TILES = {"int8": None, "nf4": 64}  # how many inputs share a scale, None being all
 
 
@@ -59,7 +59,9 @@ class Chat:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.sums = jax.jit(lambda *args: adapter_training.sums(model, *args))
+        self.sums = jax.jit(
+            lambda v, batch: adapter_training.sums(model.apply(v, batch["tokens"]), batch)
+        )
 
     def loss(self, variables, batches):
         """Mean loss per token of the answers in all batches."""

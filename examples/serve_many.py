@@ -8,7 +8,6 @@ one adapter after another on the same table, "merged" a copy of the model for ea
 """
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import statistics
@@ -22,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import smollm2
+from smollm2 import PROJECTIONS
 
 import randlora_jax as rl
 from randlora_jax.linen import RandLora
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE = "__base__"
 
 
@@ -204,9 +203,7 @@ def main(argv=None):
     found = dialogues.by_topic()
     largest = sorted(found, key=lambda topic: -len(found[topic][0]))[: args.topics]
     topics = {topic: found[topic] for topic in sorted(largest)}
-    sizes, params = gguf_weights.load()
-    sizes = dataclasses.replace(sizes, layers=args.layers)
-    params = {**params, "layers": jax.tree.map(lambda a: a[: args.layers], params["layers"])}
+    sizes, params = smollm2.first_layers(*gguf_weights.load(), args.layers)
     llama, tokenizer = smollm2.Llama(sizes), gguf_weights.tokenizer()
     if args.retrain or not all((folder / topic).exists() for topic in topics):
         train(args, llama, params, tokenizer, topics, folder)

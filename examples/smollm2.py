@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -32,6 +34,12 @@ class LlamaConfig:
     @property
     def head_size(self):
         return self.hidden_size // self.heads
+
+
+def first_layers(config, params, count):
+    """(config, params) of the model that has the first layers alone."""
+    few = jax.tree.map(lambda a: a[:count], params["layers"])
+    return dataclasses.replace(config, layers=min(count, config.layers)), {**params, "layers": few}
 
 
 def rotate(x, cos, sin):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import randlora_jax as rl
 from randlora_jax import peft, trees
+from randlora_jax.peft.importing import from_peft
+from randlora_jax.peft.tensors import Adapter
 from tests.linen_cases import normal, randomised
 
 D, HEADS, KV, H, F, EXPERTS, LAYERS = 6, 3, 1, 4, 10, 3, 2
@@ -152,5 +154,10 @@ def test_a_language_model_within_another_model(to):
         assert inside(f"{to}.{name}") == peft.llama_name_map(f"model.{name}")
     assert inside("lm_head") == ("lm_head",)
     assert inside(f"{to}_other.norm") is inside("vision_tower.norm") is None
-    with pytest.raises(ValueError, match="begins with 'mode'"):
-        peft.llama_name_map.moved("mode", to)
+    for name_map, module in ((peft.llama_name_map, "mode"), (peft.gpt2_name_map, "transformer")):
+        with pytest.raises(ValueError, match=f"no module '{module}' that could"):
+            name_map.moved(module, to)
+    name = f"{to}.layers.0.mlp.up_proj"
+    for name_map in ({}, peft.llama_name_map):  # the second has a place for all of a "model"
+        with pytest.raises(ValueError, match=rf"\.moved\('model', '{to}'\)"):
+            from_peft(Adapter(rl.RandLoraConfig(), {name: (None, None)}, None, {}), name_map, {})

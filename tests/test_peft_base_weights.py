@@ -43,15 +43,6 @@ class Untied(Tied):
         return nn.Dense(11, use_bias=False, name="lm_head")(x)
 
 
-class Scored(nn.Module):
-    """A Llama's head for classes, by transformers' name."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(11, 6, name="embed_tokens")(tokens)
-        return nn.Dense(3, use_bias=False, name="score")(nn.Dense(6, name="up_proj")(x))
-
-
 TOKENS = jnp.array([[1, 2, 3]])
 
 
@@ -228,19 +219,3 @@ def test_a_vocabulary_that_was_resized_is_named_as_a_cause(tmp_path, rows):
     base = saved(tmp_path, Tied(), embed_tokens__weight=np.ones((rows, 6), np.float32))
     with pytest.raises(ValueError, match="a vocabulary that was resized"):
         peft.load_adapter(tmp_path, base)
-
-
-def test_a_task_whose_head_peft_wants_is_not_saved_without_it(tmp_path):
-    config = rl.RandLoraConfig(r=2, target_modules=["up_proj"], task_type="SEQ_CLS")
-    base = Scored().init(jax.random.key(0), TOKENS)
-    variables = RandLora(Scored(), config).adapt(base, TOKENS)
-    with pytest.raises(ValueError, match=r"put 'score' into modules_to_save, or save with config"):
-        peft.save_adapter(tmp_path / "a", variables, config)
-    assert not (tmp_path / "a").exists()
-    peft.save_adapter(tmp_path / "b", variables, config.replace(task_type=None))
-    with_head = config.replace(modules_to_save=["score"])
-    peft.save_adapter(tmp_path / "c", variables, with_head)
-    assert "base_model.model.score.weight" in load_file(tmp_path / "c" / WEIGHTS)
-    without = config.replace(task_type="QUESTION_ANS")
-    with pytest.warns(UserWarning, match="head, 'qa_outputs', from the file"):
-        peft.save_adapter(tmp_path / "d", variables, without)

@@ -57,6 +57,12 @@ class TestLayouts:
         rewrite(folder, lambda tensors: {rename(key): value for key, value in tensors.items()})
         self.expect(folder)
 
+    def test_one_tensor_under_two_names_is_refused(self, folder):
+        key = "base_model.model.lin0.randlora_gamma"
+        rewrite(folder, lambda t: t | {key.replace("lin0", "_orig_mod.lin0"): t[key] + 1})
+        with pytest.raises(ValueError, match=rf"{key} are the same: leave one of them out"):
+            self.expect(folder)
+
     def test_without_the_prefix_and_with_one_layer_s_pair(self, folder):
         prefix, dropped = "base_model.model.", ("lin1.randlora_A", "lin1.randlora_B")
         rewrite(

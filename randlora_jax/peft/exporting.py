@@ -102,25 +102,20 @@ def _name(
 
 
 def _check_head(config, others, names):
-    """PEFT's classes for some tasks train the head of the model too, and want it in the file."""
-    heads = targets.HEADS.get(config.task_type or "")
-    of_head = lambda name: name.rpartition(".")[2] in heads
-    if not heads or any(of_head(module) for module, _ in others):
-        return
-    there = next(filter(of_head, names), None)
+    """PEFT's classes for some tasks load the head of the model from the file, all of it."""
+    heads = targets.HEADS.get(config.task_type or "", ())
+    of_head = lambda name: any(part.endswith(heads) for part in name.split("."))
+    saved = [module for module, leaf in others if leaf == "weight" and of_head(module)]
+    missing = [name for name in names if of_head(name) and name not in saved]
+    cure = "save with config.replace(task_type=None)"
     problem = (
-        f"task_type={config.task_type!r}: PEFT's class for it loads the model's head, "
-        f"{' or '.join(map(repr, heads))}, from the file, and no head is trained here: "
+        f"task_type={config.task_type!r}: PEFT's class for it wants the model's head, "
+        f"{' or '.join(map(repr, heads))}, in the file"
     )
-    if there is not None:
-        raise ValueError(
-            f"{problem}put {there!r} into modules_to_save, or save with "
-            "config.replace(task_type=None)"
-        )
-    warnings.warn(
-        f"{problem}if the model in torch has one, save with config.replace(task_type=None)",
-        stacklevel=4,
-    )
+    if heads and missing:
+        raise ValueError(f"{problem}: put {missing[0]!r} into modules_to_save, or {cure}")
+    if heads and not saved:
+        warnings.warn(f"{problem}, and there is none: if torch's has one, {cure}", stacklevel=4)
 
 
 def _others(variables, config, name_of, adapted, shapes):

@@ -16,11 +16,11 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from randlora_jax import atomic
+from randlora_jax.checkpoint import orbax_items
 from randlora_jax.peft import config_json
 from randlora_jax.peft.tensors import Adapter, Layout, adapter_of, tensors_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-OURS = "_METADATA"  # of Orbax, in folders of this library's adapters
 
 
 def folder_of(directory: str | os.PathLike[str], adapter_name: str = "default") -> epath.Path:
@@ -64,9 +64,9 @@ def _read(folder: epath.Path, directory: str | os.PathLike[str], adapter_name: s
         there = parent.iterdir() if parent.exists() else ()
         inside = sorted(p.name for p in there if p.name[0] != "." and is_adapter(p))
         hint = f", but adapters in it: adapter_name can be one of {inside}" if inside else ""
-        if (folder / OURS).exists():
-            hint = ": it looks like one of this library's, which rl.load_adapter reads"
-        elif not parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        if orbax_items.is_adapter(folder):
+            hint = ": it is one of this library's, which rl.load_adapter reads"
+        elif not parent.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)):
             hint = (
                 f", nor anything else. Of a repository of the Hub's, give the folder that "
                 f"huggingface_hub.snapshot_download({str(directory)!r}) returns"
@@ -102,11 +102,8 @@ def write(folder: epath.Path, adapter: Adapter, layout: Layout, overwrite: bool)
         raise FileExistsError(
             f"{folder} has {mine[0]} already: give another path or overwrite=True"
         )
-    if OURS in there:
-        raise FileExistsError(
-            f"{folder} has {OURS!r}, as a checkpoint of Orbax or an adapter of this library has: "
-            "give another path"
-        )
+    if orbax_items.is_adapter(folder):
+        raise FileExistsError(f"{folder} is an adapter of this library: give another path")
     foreign = sorted(set(there) - {CONFIG, WEIGHTS, "README.md"})
     if mine and foreign:
         raise FileExistsError(f"{folder} has {foreign[0]!r} too, and is not replaced: empty it")

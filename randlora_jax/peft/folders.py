@@ -87,7 +87,8 @@ def save_adapter(
 
     Raises:
       FileExistsError: if there is something in the folder that would be lost.
-      ValueError: if a module has no name, the scales don't fit the base, or `layout` is neither.
+      ValueError: if a module has no name, the scales don't fit the base, `layout` is neither, or
+        `task_type` is one for which PEFT wants a head in the file that is not trained here.
 
     Example:
       >>> import tempfile, flax.linen as nn, jax, jax.numpy as jnp

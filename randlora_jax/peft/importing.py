@@ -15,8 +15,9 @@ from randlora_jax import trees
 from randlora_jax.config import RandLoraConfig
 from randlora_jax.peft import config_json, torch_bases
 from randlora_jax.peft.base_weights import to_jax, with_weights
-from randlora_jax.peft.names import Names, Shapes, kernel_at, place_of
+from randlora_jax.peft.names import Names, Shapes, kernel_at, of_inner, place_of
 from randlora_jax.peft.tensors import Adapter
+from randlora_jax.quantised import is_quantised
 from randlora_jax.sites import SCALES, Stack
 from randlora_jax.stored import sites_of
 
@@ -31,7 +32,7 @@ def onto_base(
     sites = sites_of(loaded, config, guess=True)
     if adapter.bases is None:
         kernels = (trees.get(variables["params"], site.kernel_path) for site in sites)
-        dtypes = {np.dtype(trees.unboxed(kernel).dtype) for kernel in kernels}
+        dtypes = {np.dtype(trees.unboxed(k).dtype) for k in kernels if not is_quantised(k)}
         loaded["randlora_bases"] = _beside(loaded["randlora_bases"], dtypes)
     weights = adapter.others or adapter.of_base
     if weights or config.bias != "none" or config.modules_to_save:
@@ -95,10 +96,12 @@ def _scales(
 def _stack(by_layer: Mapping[int | None, str], kernel: trees.Path, shapes: Shapes | None) -> Stack:
     """The stack of a kernel for which there are modules by their number, None if in no stack."""
     if shapes is not None and kernel not in shapes:
+        name = next(iter(by_layer.values()))
         beside = sorted(trees.dotted(p) for p in shapes if p[:-1] == kernel[:-1])
         raise ValueError(
-            f"it has scales for {next(iter(by_layer.values()))!r}, but the base has no "
-            f"{trees.dotted(kernel)!r}" + (f", only {beside}" if beside else "")
+            f"it has scales for {name!r}, but the base has no {trees.dotted(kernel)!r}"
+            + (f", only {beside}" if beside else "")
+            + of_inner(name)
         )
     layers = tuple(sorted(i for i in by_layer if i is not None))
     if not layers:
@@ -129,13 +132,14 @@ def _redrawn(
 
 
 def _beside(bases: Mapping[str, Any], dtypes: Collection[np.dtype]) -> dict[str, Any]:
-    """Drawn bases as they are beside kernels of these dtypes, to which PEFT rounds each copy."""
-    narrow = [dtype for dtype in dtypes if dtype.itemsize < 4]
-    if len(dtypes) > 1 or not narrow:  # of several, no one pair serves all
-        return dict(bases)
-    rounded = lambda array: array.astype(narrow[0]).astype(array.dtype)
-    is_sign = lambda array: jnp.issubdtype(array.dtype, jnp.integer)
-    return {name: a if is_sign(a) else rounded(a) for name, a in bases.items()}
+    """Drawn bases as they are beside kernels of these dtypes: each rounds the one pair in PEFT."""
+    found = dict(bases)
+    for dtype in dtypes:
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            is_sign = lambda array: jnp.issubdtype(array.dtype, jnp.integer)
+            rounded = lambda array, dtype=dtype: array.astype(dtype).astype(array.dtype)
+            found = {name: a if is_sign(a) else rounded(a) for name, a in found.items()}
+    return found
 
 
 def compact_bases(bases: dict[str, np.ndarray], config: RandLoraConfig) -> dict[str, np.ndarray]:

@@ -67,8 +67,12 @@ class NameMap:
           ((('layers', 'mlp', 'up_proj'), 3), ('lm_head',))
         """
         within = lambda name: name == module or name.startswith(module + ".")
-        if not any(within(theirs) for theirs, _ in self.prefixes):
-            raise ValueError(f"no name in the map begins with {module!r}: {list(self.prefixes)}")
+        theirs = [name for name, _ in self.prefixes]
+        if "" in theirs or not any(map(within, theirs)):
+            raise ValueError(
+                f"the map takes names that begin with {theirs}: no module {module!r} that could "
+                "be elsewhere"
+            )
         return NameMap(
             tuple(
                 (to + theirs.removeprefix(module) if within(theirs) else theirs, ours)

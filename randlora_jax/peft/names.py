@@ -37,9 +37,7 @@ def place_of(name_map: Names, name: str) -> Place:
             value = None
     if value is None:
         raise ValueError(
-            f"name_map has no place for {name!r}: the adapter is of another model"
-            + ", or of one that has yours within: name_map.moved('model', 'model.language_model') "
-            "is such a map" * ("language_model" in name)
+            f"name_map has no place for {name!r}: the adapter is of another model{of_inner(name)}"
         )
     path: Any = value
     index: int | None = None
@@ -55,6 +53,14 @@ def place_of(name_map: Names, name: str) -> Place:
     if index is not None and index < 0:
         raise ValueError(f"name_map gives the index {index} for {name!r}: it counts from 0")
     return tuple(path), index
+
+
+def of_inner(name: str) -> str:
+    """What to write where a name is of a language model within another model, for messages."""
+    inner = re.match(r"(?:.*\.)?language_model(?:\.model)?(?=\.)", name)
+    if inner is None:
+        return ""
+    return f". If it has yours within, a map has .moved('model', {inner[0]!r})"
 
 
 def inverse(name_map: Names) -> NameOf | None:

@@ -114,11 +114,13 @@ def _named(
     chosen = adapters[0] if len(adapters) == 1 else adapter_name
     if adapters and chosen not in adapters:
         raise ValueError(f"it has adapters called {adapters}: adapter_name must be one of them")
-    named = {}
+    named: dict[tuple[str, str], str] = {}
     for key, name in names.items():
         if own := ours.get(key):
             if own["adapter"] in (None, chosen):
-                named[own["module"] or "", own["leaf"]] = key
+                other = named.setdefault((own["module"] or "", own["leaf"]), key)
+                if other != key:
+                    raise ValueError(f"{other} and {key} are the same: leave one of them out")
             continue
         wrapped = _WRAPPED.fullmatch(name)
         if wrapped and targets.is_saved_whole(config, wrapped["module"]):

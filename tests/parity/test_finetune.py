@@ -229,8 +229,7 @@ def test_a_full_disk_is_told_in_one_line_and_what_was_saved_before_stays(tmp_pat
 
 
 def test_the_optimizer_warms_up_and_decays():
-    run = adapter_training.Run(100, 4, 1e-3, 4, 32, 0)
-    tx, weights = adapter_training.optimizer(run), {"w": np.ones(3, np.float32)}
+    tx, weights = adapter_training.optimizer(100, 1e-3), {"w": np.ones(3, np.float32)}
     state, sizes = tx.init(weights), []
     for _ in range(100):
         updates, state = tx.update({"w": np.ones(3, np.float32)}, state, weights)
