@@ -63,7 +63,7 @@ def lora(llama, params, rank):
     apply = lambda t, f, tokens: model.apply({"params": rl.combine(t, f)}, tokens)
     count = size(jax.eval_shape(lambda: factors(0)))
     start = lambda seed: (factors(seed), frozen)
-    return Rival(LORA, f"LoRA k={rank}", count, 1e-2, start, apply, updates)
+    return Rival(LORA, f"LoRA k={rank}", count, 3e-3, start, apply, updates)
 
 
 def qwix_lora(llama, params, tokens, rank, **quantised):

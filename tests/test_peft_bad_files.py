@@ -5,6 +5,8 @@ import shutil
 import struct
 import warnings
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -183,6 +185,24 @@ class TestDamage:
         base["params"]["lin2"]["kernel"] = jnp.ones((20, 9))
         with pytest.raises(ValueError, match=r"\(8, 20\) for 'lin2\.kernel' of \(20, 9\)"):
             peft.load_adapter(GOLDEN / "adapter_bias", base)
+
+    def test_a_convolution_is_not_guessed(self, tmp_path):
+        class Seeing(MLP):
+            @nn.compact
+            def __call__(self, x):
+                return super().__call__(nn.Conv(10, (1, 3), name="patches")(x)[0, 0])
+
+        base = Seeing().init(jax.random.key(0), jnp.ones((1, 1, 4, 10)))
+        config = rl.RandLoraConfig(r=4, target_modules=["lin0"], modules_to_save=["patches"])
+        rewrite_config(golden_copy(tmp_path), **config.to_dict())
+        key = "base_model.model.patches."
+        weights = {"weight": np.ones((10, 10, 1, 3), "f4"), "bias": np.ones(10, "f4")}
+        of_lin0 = lambda t: {k: v for k, v in t.items() if "lin1" not in k and "lin2" not in k}
+        rewrite(
+            tmp_path / "adapter", lambda t: of_lin0(t) | {key + k: v for k, v in weights.items()}
+        )
+        with pytest.raises(ValueError, match="looks like a convolution"):
+            peft.load_adapter(tmp_path / "adapter", base)
 
     def test_a_square_weight_under_fan_in_fan_out_is_not_guessed(self, tmp_path):
         config = rl.RandLoraConfig(

@@ -38,6 +38,8 @@ def read_config(path: epath.Path) -> RandLoraConfig:
         ignored["layers_pattern"] = None
     if values.get("sparse") and values.get("very_sparse"):
         ignored["sparse"] = False
+    if str(values.get("bias")).endswith("_only"):  # "lora_only" among them: all one to PEFT
+        values = values | {"bias": "randlora_only"}
     if ignored:
         warnings.warn(f"{path}: PEFT takes no notice of {sorted(ignored)} here", stacklevel=7)
     try:

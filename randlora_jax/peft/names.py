@@ -126,6 +126,11 @@ def from_torch(
                 return value.reshape(shape)
     elif value.shape == shape or (value.ndim == 1 and value.size == math.prod(shape)):
         return value.reshape(shape)
+    if path[-1] == "kernel" and value.ndim > 2 and sorted(value.shape) == sorted(shape):
+        raise ValueError(
+            f"it has {value.shape} for {'.'.join(path)!r} of {shape}, which looks like a "
+            "convolution, and those are not exchanged: leave it out of modules_to_save"
+        )
     raise ValueError(
         f"it has {value.shape} for {'.'.join(path)!r} of {shape}: it is of another model"
         + ", or of a vocabulary that was resized after loading: give the base as many rows"

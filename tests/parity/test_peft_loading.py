@@ -28,6 +28,18 @@ def test_conv1d_adapts_alike(tmp_path):
     assert_close(RandLora(MLP(), config).apply(variables, x.numpy()), model(x))
 
 
+def test_the_biases_of_adapted_layers_by_lora_s_name(tmp_path):
+    torch.manual_seed(3)
+    base, x = TorchMLP(), torch.randn(6, 10)
+    params = params_of(base)
+    model = adapted(base, target_modules=["lin0", "lin2"], bias="lora_only")
+    model.save_pretrained(tmp_path)
+    variables, config = rl_peft.load_adapter(tmp_path, {"params": params})
+    assert config.bias == "randlora_only"
+    assert (variables["params"]["lin0"]["bias"] != params["lin0"]["bias"]).all()
+    assert_close(RandLora(MLP(), config).apply(variables, x.numpy()), model(x))
+
+
 def test_direct_injection(tmp_path):
     torch.manual_seed(7)
     base, x = TorchMLP(), torch.randn(6, 10)
