@@ -1,7 +1,7 @@
 """Is RandLoRA worth it on a language model? Beside full fine-tuning and LoRA, at equal budgets.
 
     python examples/compare_smollm2.py                       # under an hour on 2 cores
-    python examples/compare_smollm2.py --variants            # and other starts and scales of ours
+    python examples/compare_smollm2.py --variants gamma-fixed alpha-x10  # and variants of ours
     python examples/compare_smollm2.py --steps 300 --seeds 5 --lora-ranks 1 4 16 64 \\
         --batch-size 32 --output-dir outputs/long            # on an accelerator
 
@@ -42,7 +42,8 @@ def parse(argv=None):
     parser.add_argument("--seq-len", type=int, default=56)
     parser.add_argument("--layers", type=int, default=30, help="the first of the model's")
     parser.add_argument("--evaluations", type=int, default=2, help="on held-out pairs, in a run")
-    parser.add_argument("--variants", action="store_true", help="other starts and scales, too")
+    parser.add_argument("--variants", nargs="+", choices=rivals.VARIANTS, default=[],
+                        help="of the last RandLoRA, with one seed")  # fmt: skip
     parser.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path("outputs/compare"))
     args = parser.parse_args(argv)
     # The first step of the warm-up has the rate 0, so one alone trains nothing.
@@ -57,7 +58,7 @@ def parse(argv=None):
 def contestants(llama, params, lora_ranks, others):
     """Full fine-tuning, and for each rank LoRA and the RandLoRA that trains as much or less.
 
-    With `others` the last of ours again: with other starts, and other scalings.
+    `others` are variants of the last of ours.
     """
     found = [rivals.full(llama, params)]
     config = rl.RandLoraConfig(target_modules=PROJECTIONS)
@@ -66,13 +67,7 @@ def contestants(llama, params, lora_ranks, others):
     for rank in lora_ranks:
         ours = rl.matching_config(shapes, config, lora_rank=rank)
         found += [rivals.lora(llama, params, rank), rivals.randlora(llama, params, ours)]
-    if others:
-        found += rivals.variants(found[-1])
-        # An update is about alpha times the square of what a step moves, so they meet in between.
-        for factor, rate in ((10, 3e-4), (0.1, 3e-3)):
-            alpha = ours.randlora_alpha * factor
-            scaled = ours.replace(randlora_alpha=alpha)
-            found.append(rivals.randlora(llama, params, scaled, f", alpha {alpha:g}", rate))
+    found += [rivals.varied(llama, params, ours, kind) for kind in others]
     return found
 
 

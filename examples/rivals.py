@@ -13,6 +13,7 @@ from randlora_jax import trees
 from randlora_jax.linen import RandLora
 
 FULL, LORA, RANDLORA, VARIED = "full fine-tuning", "LoRA", "RandLoRA", "RandLoRA, varied"
+VARIANTS = ("gamma-fixed", "gamma-from-0", "alpha-x10", "alpha-x0.1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ def qwix_lora(llama, params, tokens, rank, **quantised):
     return model, factors, trees.build(frozen)
 
 
-def randlora(llama, params, config, varied="", rate=1e-3):
-    """Ours, on the projections; `varied` says what is not as usual."""
+def randlora(llama, params, config):
+    """Ours, on the projections."""
     model = RandLora(llama, config)
 
     def start(seed):
@@ -101,13 +102,13 @@ def randlora(llama, params, config, varied="", rate=1e-3):
         return {path: w for path, w in trees.items(model.merge(variables)) if adapted(path)}
 
     count = size(jax.eval_shape(lambda: start(0)[0]))
-    name, family = f"RandLoRA r={config.r}{varied}", VARIED if varied else RANDLORA
     apply = lambda t, f, tokens: model.apply(rl.combine(t, f), tokens)
-    return Rival(family, name, count, rate, start, apply, updates)
+    return Rival(RANDLORA, f"RandLoRA r={config.r}", count, 1e-3, start, apply, updates)
 
 
-def variants(rival):
-    """Two others that train like this RandLoRA: with gamma as it is, and from gamma at zero."""
+def varied(llama, params, config, kind):
+    """A RandLoRA that starts otherwise, or has another alpha: one of `VARIANTS`."""
+    rival = randlora(llama, params, config)
 
     def is_gamma(path, _):
         return path[-1].endswith("gamma")
@@ -124,10 +125,17 @@ def variants(rival):
                for path, leaf in trees.items(trainable)}  # fmt: skip
         return trees.build(new), frozen
 
-    count = size(jax.eval_shape(lambda: fixed(0)[0]))
-    vary = functools.partial(dataclasses.replace, rival, family=VARIED)
-    yield vary(name=f"{rival.name}, gamma fixed", start=fixed, parameters=count)
-    yield vary(name=f"{rival.name}, gamma from 0", start=swapped)
+    change = functools.partial(dataclasses.replace, rival, family=VARIED)
+    if kind == "gamma-fixed":
+        count = size(jax.eval_shape(lambda: fixed(0)[0]))
+        return change(name=f"{rival.name}, gamma fixed", start=fixed, parameters=count)
+    if kind == "gamma-from-0":
+        return change(name=f"{rival.name}, gamma from 0", start=swapped)
+    # An update is about alpha times the square of what the steps move, so they meet in between.
+    factor, rate = {"alpha-x10": (10, 3e-4), "alpha-x0.1": (0.1, 3e-3)}[kind]
+    other = config.replace(randlora_alpha=factor * config.randlora_alpha)
+    name = f"{rival.name}, alpha {other.randlora_alpha:g}"
+    return dataclasses.replace(randlora(llama, params, other), family=VARIED, name=name, rate=rate)
 
 
 def adapted(path):

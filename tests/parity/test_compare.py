@@ -39,7 +39,7 @@ def few(monkeypatch):
 
 def everyone():
     llama, params = smollm2.Llama(SIZES), load()[1]
-    return llama, params, compare_smollm2.contestants(llama, params, [1, 3], True)
+    return llama, params, compare_smollm2.contestants(llama, params, [1, 3], rivals.VARIANTS)
 
 
 def test_the_budgets_are_equal_and_never_in_favour_of_ours():
