@@ -109,10 +109,9 @@ def mean(values, digits=3):
 def tables(found, costs, ranks):
     from rich.table import Table
 
-    result = Table("method", "parameters", "rate", "held-out loss", "train loss", "s a step",
-                   "over full", "GB", "effective rank")  # fmt: skip
+    result = Table("method", "parameters", "rate", "held-out loss", "s a step", "over full", "GB",
+                   "effective rank")  # fmt: skip
     for name, (_, seeds) in found.items():
-        last = [np.mean(run["train"][-5:]) for run in seeds]
         cells = ["", "", ""]
         if name in costs:
             seconds, full = costs[name]["seconds"], costs[rivals.FULL]["seconds"]
@@ -120,7 +119,7 @@ def tables(found, costs, ranks):
             gigabytes = costs[name]["memory"] / 1e9
             cells = [f"{np.median(seconds):.2f}", f"{over:.2f}", f"{gigabytes:.2f}"]
         result.add_row(name, f"{seeds[0]['parameters']:,}", f"{seeds[0]['rate']:g}",
-                       mean([run["held_out"][-1][1] for run in seeds]), mean(last), *cells,
+                       mean([run["held_out"][-1][1] for run in seeds]), *cells,
                        f"{ranks[name]:.0f}")  # fmt: skip
     rates = sorted({run["rate"] for tuning, _ in found.values() for run in tuning})
     tuned = Table("validation loss at rate", *(f"{rate:g}" for rate in rates))
@@ -156,7 +155,9 @@ def plot(found, costs, before, path):
         seconds = np.array(steps) * np.median(costs[name]["seconds"])
         right.plot(seconds, np.mean(each, axis=0), label=name,
                    marker=MARKERS[seeds[0]["family"]])  # fmt: skip
+    first = [run["held_out"][0][1] for name in costs for run in found[name][1]]
     right.set(xlabel="seconds of training", ylabel="held-out loss (nats per token)")
+    right.set_ylim(top=np.nanmax(first) + 0.1)  # the model as it is lies far above
     right.legend(fontsize=8)
     figure.suptitle("SmolLM2-135M on dialogues, each at its best learning rate")
     figure.savefig(path, dpi=150)

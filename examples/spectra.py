@@ -52,15 +52,19 @@ def plot(spectra, ranks, path):
     for name, kernels in spectra.items():
         each = np.array([values / values[0] for values in kernels.values()])
         middle = np.median(each, axis=0)
-        left.plot(np.arange(1, len(middle) + 1), np.where(middle > 1e-6, middle, np.nan),
-                  label=name)  # fmt: skip
+        middle = middle[middle > 1e-6]
+        left.plot(np.arange(1, len(middle) + 1), middle, label=name,
+                  marker="." if len(middle) == 1 else "")  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="singular value", ylabel="over the largest",
              ylim=(1e-4, 1.5), title="Trained updates, median over kernels")  # fmt: skip
+    left.legend(fontsize=8, loc="lower left")
     for name, points in ranks.items():
         moved = [point for point in points if point[1]]  # in warm-up, the first step is of rate 0
         right.plot(*zip(*moved, strict=True), marker=".", label=name)
     right.set(xscale="log", yscale="log", xlabel="step", ylabel="effective rank",
               title="Effective rank of a middle layer's updates")  # fmt: skip
-    right.legend(fontsize=8)
+    steps = sorted({step for points in ranks.values() for step, rank in points if rank})
+    right.set_xticks(steps, [str(step) for step in steps])
+    right.set_xticks([], minor=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
