@@ -82,7 +82,7 @@ def progress(console):
 
 def trained(args, everyone, folder, settings, data, tokenizer, console):
     """(study, {rival: (runs that tuned it, runs of each seed)}, costs)."""
-    # A variant shows what a start does, and has one seed: a deviation is that of its origin.
+    # A variant is there to show what a start or an alpha does, for which one seed is enough.
     seeds = {r.name: 1 if r.family == rivals.VARIED else args.seeds for r in everyone}
     with progress(console) as bar:
         task = bar.add_task("", total=sum(2 + n for n in seeds.values()) * args.steps)
@@ -101,9 +101,9 @@ def trained(args, everyone, folder, settings, data, tokenizer, console):
     return kept, found, costs
 
 
-def mean(values, digits=3):
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+def mean(values):
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 def tables(found, costs, ranks):
