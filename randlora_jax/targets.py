@@ -198,7 +198,7 @@ def within_bridge(cls: type) -> str:
 
 
 # PEFT's own names for the heads of these tasks: it takes those of them that there are.
-HEADS = {
+HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
