@@ -42,6 +42,8 @@ def parse(argv=None):
     parser.add_argument("--seq-len", type=int, default=56)
     parser.add_argument("--layers", type=int, default=30, help="the first of the model's")
     parser.add_argument("--evaluations", type=int, default=2, help="on held-out pairs, in a run")
+    parser.add_argument("--no-tune", dest="tune", action="store_false",
+                        help="take the learning rate at which tuning begins")  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=rivals.VARIANTS, default=[],
                         help="of the last RandLoRA, with one seed")  # fmt: skip
     parser.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path("outputs/compare"))
@@ -94,7 +96,7 @@ def trained(args, everyone, folder, settings, data, tokenizer, console):
         kept.before(everyone[0])
         found, done = {}, 0
         for rival in everyone:
-            found[rival.name] = kept.tuned(rival, seeds[rival.name])
+            found[rival.name] = kept.tuned(rival, seeds[rival.name], args.tune)
             done += (2 + seeds[rival.name]) * args.steps
             bar.update(task, completed=done)  # some take more than three rates
         costs = kept.costs([rival for rival in everyone if rival.family != rivals.VARIED])

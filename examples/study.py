@@ -160,18 +160,20 @@ class Study:
             record["validation"] = trainer.loss(trainable, frozen, self.data["validation"])
         return record, values
 
-    def tuned(self, rival, seeds):
+    def tuned(self, rival, seeds, tune=True):
         """Its runs with seed 0 over learning rates, and those of each seed at the best of them.
 
-        Three rates, each about three times the one before, and more while the best is at an end.
+        Three rates, each about three times the one before, and more while the best is at an end;
+        without `tune` the one to begin with alone.
         """
         at = RATES.index(rival.rate)
-        first = {i: self.run(rival, RATES[i], 0) for i in (at - 1, at, at + 1)}
+        tried = (at - 1, at, at + 1) if tune else (at,)
+        first = {i: self.run(rival, RATES[i], 0) for i in tried}
         score = lambda i: first[i]["validation"] if np.isfinite(first[i]["validation"]) else np.inf
         while True:
             best = min(first, key=score)
             beyond = {min(first): best - 1, max(first): best + 1}.get(best)
-            if beyond is None or not 0 <= beyond < len(RATES):
+            if not tune or beyond is None or not 0 <= beyond < len(RATES):
                 break
             first[beyond] = self.run(rival, RATES[beyond], 0)
         others = [self.run(rival, RATES[best], seed) for seed in range(1, seeds)]

@@ -31,7 +31,7 @@ def few(monkeypatch):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(dialogues, "pairs", lambda: tuple(part[::16] for part in pairs()))
     tuned = study.Study.tuned  # weights that are random want larger rates than a model's
-    larger = lambda self, rival, n: tuned(self, dataclasses.replace(rival, rate=0.1), n)
+    larger = lambda self, rival, *how: tuned(self, dataclasses.replace(rival, rate=0.1), *how)
     monkeypatch.setattr(study.Study, "tuned", larger)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
@@ -159,5 +159,7 @@ def test_a_rate_that_is_too_large_does_not_end_the_comparison(few, tmp_path):
     rival = dataclasses.replace(rivals.full(llama, params), rate=1.0)
     broken = dataclasses.replace(rival, apply=lambda *a: rival.apply(*a) / 0)
     tuning, seeds = kept.tuned(broken, 1)
+    untuned, _ = kept.tuned(broken, 1, tune=False)
+    assert [run["rate"] for run in untuned] == [1.0]
     assert all(np.isnan(run["validation"]) and run["ranks"][-1][1] == 0 for run in tuning)
     assert len(seeds) == 1 and seeds[0] in tuning
