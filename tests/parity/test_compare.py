@@ -31,7 +31,9 @@ def few(monkeypatch):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(dialogues, "pairs", lambda: tuple(part[::16] for part in pairs()))
     tuned = study.Study.tuned  # weights that are random want larger rates than a model's
-    larger = lambda self, rival, *how: tuned(self, dataclasses.replace(rival, rate=0.1), *how)
+    larger = lambda self, rival, *a, **kw: tuned(
+        self, dataclasses.replace(rival, rate=0.1), *a, **kw
+    )
     monkeypatch.setattr(study.Study, "tuned", larger)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
