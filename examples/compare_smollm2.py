@@ -1,6 +1,6 @@
 """Is RandLoRA worth it on a language model? Beside full fine-tuning and LoRA, at equal budgets.
 
-    python examples/compare_smollm2.py                       # under an hour on 2 cores
+    python examples/compare_smollm2.py                       # meant for an hour of 2 cores
     python examples/compare_smollm2.py --variants gamma-fixed alpha-x10  # and variants of ours
     python examples/compare_smollm2.py --steps 300 --seeds 5 --lora-ranks 1 4 16 64 \\
         --batch-size 32 --output-dir outputs/long            # on an accelerator

@@ -10,7 +10,7 @@ def singular_values(update):
         return np.full(min(update.shape), np.nan)
     if update.shape[0] < update.shape[1]:
         update = update.T
-    # Of the smaller square, which takes a tenth of the time; half the digits of float64 are left.
+    # Of the smaller square, which is less work; half the digits of float64 are left.
     return np.sqrt(np.maximum(np.linalg.eigvalsh(update.T @ update)[::-1], 0))
 
 
