@@ -137,13 +137,12 @@ class Study:
             self.data["train"], self.tokenizer, s.batch_size, s.seq_len, seed
         )
         marks = {round(s.steps * (i + 1) / s.evaluations) for i in range(s.evaluations)}
-        held_out, losses, ranks, values = [], [], [], {}
+        held_out, ranks, values = [], [], {}
         for step in range(1, s.steps + 1):
             batch = next(batches)
             args = trainable, opt_state, frozen, batch, np.float32(rate)
             trainable, opt_state, loss = trainer.update(*args)
-            losses.append(float(loss))
-            self.advance(1, f"{rival.name}, rate {rate:g}, seed {seed}: {losses[-1]:.3f}")
+            self.advance(1, f"{rival.name}, rate {rate:g}, seed {seed}: {float(loss):.3f}")
             if step in marks:
                 held_out.append((step, trainer.loss(trainable, frozen, self.data["held_out"])))
             if seed == 0 and (step in RANK_STEPS or step == s.steps):
@@ -154,7 +153,7 @@ class Study:
                     values = spectra.of_updates(updates, sorted({0, s.layers // 2, s.layers - 1}))
         record = {
             "name": rival.name, "family": rival.family, "parameters": rival.parameters,
-            "rate": rate, "seed": seed, "train": losses, "held_out": held_out, "ranks": ranks,
+            "rate": rate, "seed": seed, "held_out": held_out, "ranks": ranks,
         }  # fmt: skip
         if seed == 0:  # the others take the rate that is the best of it
             record["validation"] = trainer.loss(trainable, frozen, self.data["validation"])
